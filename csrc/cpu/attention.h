@@ -1,0 +1,32 @@
+// The CPU backend's interface: what csrc/ffi calls, and the table that picks an instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "semantics/params.h"
+
+namespace jax_flashattn::cpu {
+
+// Runs `body(context, index)` for every index in [0, count), in any order, on any number of threads.
+class Executor {
+ public:
+  virtual void run(int64_t count, void (*body)(void*, int64_t), void* context) = 0;
+
+ protected:
+  ~Executor() = default;
+};
+
+// One instruction set's kernels. Compiled from the same source, so one binary serves every CPU.
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardParams&, Executor&);
+  void (*backward)(const BackwardParams&, Executor&);
+};
+
+// The best kernels this CPU runs; JAX_FLASHATTN_CPU_ISA=<name> asks for a lesser set by name.
+const Kernels& kernels();
+
+// Rounds an accumulator row up to whole vectors of every instruction set.
+constexpr int64_t padded_dim(int64_t d) { return (d + 15) / 16 * 16; }
+
+}  // namespace jax_flashattn::cpu

@@ -1,0 +1,312 @@
+// Backward pass for one instruction set, from global lse and delta (docs/semantics.md S10, S14).
+//
+// One task owns a share of the query tiles of one key head and walks their visible keys. Scores are
+// transposed as in forward.cc; the five products are
+//   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T.
+// dQ is finished per tile. dK and dV are summed over all query heads of the group in the task's own
+// accumulators (scratch), which a second loop adds up in fixed order: no atomics, repeatable.
+#include "cpu/tile.h"
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+constexpr int64_t kTileKeys = 96;
+constexpr int64_t kMostTiles = 4;
+
+template <class M>
+struct BackwardBuffers {
+  using T = typename M::T;
+  using Acc = typename M::Acc;
+  // Per tile of keys, used by one tile of rows after the other. _pairs: keys to reduce over.
+  T *key, *key_pairs, *value, *p, *ds, *ds_pairs;
+  Acc *score, *dprob;
+  // Per tile of rows. _col: rows across lanes; _row: rows to reduce over.
+  T *query_col, *dout_col, *query_row, *dout_row;
+  Acc *dquery, *lse, *delta;
+  Sizes n;
+
+  BackwardBuffers(Arena& a, const Sizes& n, int64_t tiles)
+      : key(a.take<T>(kTileKeys * even(n.d))),
+        key_pairs(M::kDepth == 1 ? key : a.take<T>(kTileKeys * even(n.d))),
+        value(a.take<T>(kTileKeys * even(n.dv))),
+        score(a.take<Acc>(kTileKeys * kRows)),
+        dprob(a.take<Acc>(kTileKeys * kRows)),
+        query_col(a.take<T>(tiles * even(n.d) * kRows)),
+        dout_col(a.take<T>(tiles * even(n.dv) * kRows)),
+        query_row(a.take<T>(tiles * padded_dim(n.d) * kRows)),
+        dout_row(a.take<T>(tiles * padded_dim(n.dv) * kRows)),
+        dquery(a.take<Acc>(tiles * even(n.d) * kRows)),
+        lse(a.take<Acc>(tiles * kRows)),
+        delta(a.take<Acc>(tiles * kRows)),
+        n(n) {
+    if constexpr (M::kDepth == 1) {  // in place
+      p = score;
+      ds = ds_pairs = dprob;
+    } else {
+      p = a.take<T>(kTileKeys * kRows);
+      ds = a.take<T>(kTileKeys * kRows);
+      ds_pairs = a.take<T>(kTileKeys * kRows);
+    }
+  }
+  BackwardBuffers of_tile(int64_t tile) const {
+    BackwardBuffers t = *this;
+    t.query_col += tile * even(n.d) * kRows;
+    t.dout_col += tile * even(n.dv) * kRows;
+    t.query_row += tile * padded_dim(n.d) * kRows;
+    t.dout_row += tile * padded_dim(n.dv) * kRows;
+    t.dquery += tile * even(n.d) * kRows;
+    t.lse += tile * kRows;
+    t.delta += tile * kRows;
+    return t;
+  }
+};
+
+// Accumulators of one task: row j holds dK in [0, padded(d)) and dV behind it.
+template <class Acc>
+struct KeyGradients {
+  Acc* base;
+  int64_t pitch, dv_at;
+  KeyGradients(const BackwardParams& p, int64_t part, int64_t b, int64_t g)
+      : pitch(padded_dim(p.n.d) + padded_dim(p.n.dv)), dv_at(padded_dim(p.n.d)) {
+    const int64_t share = (b * p.n.g + g) * p.parts + part;
+    base = static_cast<Acc*>(p.scratch) + share * even(p.n.sk) * pitch;
+  }
+  Acc* dk(int64_t j) const { return base + j * pitch; }
+  Acc* dv(int64_t j) const { return base + j * pitch + dv_at; }
+};
+
+// Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
+template <class M, bool kPartial>
+inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, int vector, int64_t j0,
+                            int64_t count, typename M::Acc c) {
+  using Acc = typename M::Acc;
+  constexpr int L = kLanes<Acc>;
+  const int at = vector * L;
+  LaneInts<Acc> lo{}, hi{};
+  if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
+  const Vec<Acc> lse = load(t.lse + at), delta = load(t.delta + at);
+  const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
+    *p = exp2<M::kExpTerms>(load(t.score + j * kRows + at) * c - lse);
+    *ds = *p * (load(t.dprob + j * kRows + at) - delta);
+    if constexpr (kPartial) {
+      const auto sees = lanes_that_see(lo, hi, j);
+      *p = sees ? *p : Vec<Acc>{};
+      *ds = sees ? *ds : Vec<Acc>{};
+    }
+  };
+  if constexpr (M::kDepth == 1) {
+    for (int64_t j = 0; j < count; ++j) {
+      Vec<Acc> p, ds;
+      one(j, &p, &ds);
+      store(t.p + j * kRows + at, p);
+      store(t.ds + j * kRows + at, ds);
+    }
+  } else {
+    for (int64_t j = 0; j < count; j += 2) {
+      Vec<Acc> p[2] = {}, ds[2] = {};
+      one(j, &p[0], &ds[0]);
+      if (j + 1 < count) one(j + 1, &p[1], &ds[1]);
+      for (int h = 0; h < 2; ++h) {
+        store_rounded(t.p + (j + h) * kRows + at, p[h]);
+        store_rounded(t.ds + (j + h) * kRows + at, ds[h]);
+      }
+      store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
+    }
+  }
+}
+
+// The three gradient products over visible pairs only (S13): used when a partial tile meets a value
+// that is not finite, because a masked 0 times it would be NaN.
+template <class M>
+inline void add_visible_gradients(const BackwardBuffers<M>& t, const KeyGradients<typename M::Acc>& to,
+                                  const Rows& rows, const Sizes& n, int64_t j0, int64_t count) {
+  using Acc = typename M::Acc;
+  constexpr int D = M::kDepth;
+  const auto row_element = [&](const typename M::T* x, int64_t width, int l, int64_t e) {
+    return static_cast<Acc>(to_float(x[l / D * D * padded_dim(width) + e * D + l % D]));
+  };
+  for (int l = 0; l < rows.count; ++l) {
+    for (int64_t j = 0; j < count; ++j) {
+      if (!visible(rows.visible[l], j0 + j)) continue;
+      const Acc p = to_float(t.p[j * kRows + l]), ds = to_float(t.ds[j * kRows + l]);
+      for (int64_t e = 0; e < n.dv; ++e)
+        to.dv(j0 + j)[e] += p * row_element(t.dout_row, n.dv, l, e);
+      for (int64_t e = 0; e < n.d; ++e) {
+        to.dk(j0 + j)[e] += ds * row_element(t.query_row, n.d, l, e);
+        t.dquery[e * kRows + l] += ds * static_cast<Acc>(to_float(t.key[j * even(n.d) + e]));
+      }
+    }
+  }
+}
+
+template <class M, class Storage>
+inline void pack_tile(const BackwardParams& p, const BackwardBuffers<M>& t, const Rows& rows,
+                      int64_t b, int64_t g) {
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  const auto* q = static_cast<const Storage*>(p.q);
+  const auto* dout = static_cast<const Storage*>(p.dout);
+  pack_columns<M>(q, rows, n, b, g, n.d, p.scale < 0, t.query_col);
+  pack_columns<M>(dout, rows, n, b, g, n.dv, false, t.dout_col);
+  pack_rows<M>(q, rows, n, b, g, n.d, t.query_row);
+  pack_rows<M>(dout, rows, n, b, g, n.dv, t.dout_row);
+  for (int l = 0; l < kRows; ++l) {
+    const bool real = rows.head[l] >= 0;
+    const int64_t at = real ? stat_offset(rows, n, b, g, l) : 0;
+    t.lse[l] = real ? static_cast<const Acc*>(p.lse)[at] * Acc(kLog2e) : Acc(0);
+    t.delta[l] = real ? static_cast<const Acc*>(p.delta)[at] : Acc(0);
+  }
+  fill(t.dquery, even(n.d) * kRows, Acc(0));
+}
+
+// What one tile of rows and one packed tile of keys add to the three gradients.
+template <class M>
+inline void add_tile(const BackwardBuffers<M>& t, const KeyGradients<typename M::Acc>& to,
+                     const Rows& rows, const Sizes& n, bool partial, int64_t j0, int64_t count,
+                     typename M::Acc c) {
+  using Acc = typename M::Acc;
+  constexpr int D = M::kDepth;
+  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
+  const int64_t row_steps = vectors * kLanes<Acc> / D;
+  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
+                                 t.query_col, kRows * D, t.score, kRows);
+  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.dv, D), t.value, even(n.dv),
+                                 t.dout_col, kRows * D, t.dprob, kRows);
+  for (int x = 0; x < vectors; ++x) {
+    if (partial)
+      score_gradients<M, true>(t, rows, x, j0, count, c);
+    else
+      score_gradients<M, false>(t, rows, x, j0, count, c);
+  }
+  if (partial && !(all_finite(t.key, even(count) * even(n.d)) &&
+                   all_finite(t.query_row, kRows * padded_dim(n.d)) &&
+                   all_finite(t.dout_row, kRows * padded_dim(n.dv))))
+    return add_visible_gradients<M>(t, to, rows, n, j0, count);
+  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
+                                t.dout_row, padded_dim(n.dv) * D, to.dv(j0), to.pitch);
+  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.d) / kLanes<Acc>, row_steps, t.ds, kRows,
+                                t.query_row, padded_dim(n.d) * D, to.dk(j0), to.pitch);
+  matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(count, D), t.key_pairs, even(n.d) * D,
+                               t.ds_pairs, kRows * D, t.dquery, kRows);
+}
+
+template <class M, class Storage>
+void backward_group(const BackwardParams& p, const RowMap& map,
+                    const KeyGradients<typename M::Acc>& to, int64_t b, int64_t g, int64_t first,
+                    int64_t tiles) {
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  const auto* k = static_cast<const Storage*>(p.k);
+  const auto* v = static_cast<const Storage*>(p.v);
+  const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles);
+  Rows rows[kMostTiles];
+  TileLimits all = no_rows();
+  for (int64_t x = 0; x < tiles; ++x) {
+    rows[x] = tile_rows(map, n, p.mask, b, first + x);
+    all = unite(all, rows[x].limits);
+    pack_tile<M, Storage>(p, buffers.of_tile(x), rows[x], b, g);
+  }
+  for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
+    // An even count, except at the end of the keys, where the accumulators have a spare row.
+    const int64_t count = min64(kTileKeys, min64(n.sk - j0, even(all.max_hi - j0)));
+    pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
+    pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
+    if constexpr (M::kDepth == 2)
+      pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
+    for (int64_t x = 0; x < tiles; ++x) {
+      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
+      if (kind != TileClass::kSkip)
+        add_tile<M>(buffers.of_tile(x), to, rows[x], n, kind == TileClass::kPartial, j0, count,
+                    exponent_scale<Acc>(p.scale));
+    }
+  }
+  for (int64_t x = 0; x < tiles; ++x) {
+    for (int l = 0; l < rows[x].count; ++l) {
+      if (rows[x].head[l] < 0) continue;
+      Storage* dq = static_cast<Storage*>(p.dq) + row_offset(rows[x], n, b, g, l, n.d);
+      for (int64_t e = 0; e < n.d; ++e)
+        round_to(buffers.of_tile(x).dquery[e * kRows + l] * static_cast<Acc>(p.scale), dq + e);
+    }
+  }
+}
+
+// Adds the tasks' shares in order, scales, and rounds: keys [j0, j1) of one head.
+template <class Acc, class Storage>
+void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0,
+                 int64_t j1) {
+  const Sizes& n = p.n;
+  const auto write = [&](int64_t j, int64_t at, int64_t width, Acc factor, Storage* to) {
+    for (int64_t e = 0; e < width; ++e) {
+      Acc sum = 0;
+      for (int64_t part = 0; part < p.parts; ++part)
+        sum += KeyGradients<Acc>(p, part, b, g).dk(j)[at + e];
+      round_to(sum * factor, to + e);
+    }
+  };
+  for (int64_t j = j0; j < j1; ++j) {
+    const int64_t row = (b * n.sk + j) * n.g + g;
+    write(j, 0, n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
+    write(j, padded_dim(n.d), n.dv, Acc(1), static_cast<Storage*>(p.dv) + row * n.dv);
+  }
+}
+
+// Tiles of rows that share a packed tile of keys: what stays in the L2 cache.
+inline int64_t tiles_per_group(const Sizes& n) {
+  constexpr int64_t kBytes = 384 * 1024;
+  return clamp(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
+}
+
+template <class Storage>
+void backward_typed(const BackwardParams& p, Executor& executor) {
+  using M = typename MathOf<Storage>::type;
+  using Acc = typename M::Acc;
+  constexpr int64_t kFinishKeys = 64;
+  struct Context {
+    const BackwardParams& p;
+    RowMap map;
+    int64_t per_group, key_blocks;
+  } context{p, RowMap(p.n), tiles_per_group(p.n), ceil_div(p.n.sk, kFinishKeys)};
+  executor.run(
+      p.n.b * p.n.g * p.parts,
+      [](void* data, int64_t index) {
+        const auto& x = *static_cast<const Context*>(data);
+        const Sizes& n = x.p.n;
+        const int64_t part = index % x.p.parts, g = index / x.p.parts % n.g,
+                      b = index / x.p.parts / n.g;
+        const KeyGradients<Acc> to(x.p, part, b, g);
+        __builtin_memset(to.base, 0, even(n.sk) * to.pitch * sizeof(Acc));
+        // Cyclic shares: under a causal mask every part gets short and long rows.
+        const int64_t tiles = x.map.tiles();
+        for (int64_t first = part * x.per_group; first < tiles; first += x.p.parts * x.per_group)
+          backward_group<M, Storage>(x.p, x.map, to, b, g, first,
+                                     min64(x.per_group, tiles - first));
+      },
+      &context);
+  executor.run(
+      p.n.b * p.n.g * context.key_blocks,
+      [](void* data, int64_t index) {
+        const auto& x = *static_cast<const Context*>(data);
+        const int64_t block = index % x.key_blocks, head = index / x.key_blocks;
+        finish_keys<Acc, Storage>(x.p, head / x.p.n.g, head % x.p.n.g,
+                                  block * kFinishKeys,
+                                  min64(x.p.n.sk, (block + 1) * kFinishKeys));
+      },
+      &context);
+}
+
+}  // namespace
+
+void backward(const BackwardParams& p, Executor& executor) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return backward_typed<f16>(p, executor);
+    case DType::kBF16:
+      return backward_typed<bf16>(p, executor);
+    case DType::kF32:
+      return backward_typed<float>(p, executor);
+    case DType::kF64:
+      return backward_typed<double>(p, executor);
+  }
+}
+
+}  // namespace jax_flashattn::cpu::FLASH_ISA

@@ -1,0 +1,76 @@
+// Picks the instruction set and owns the per-thread buffers.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/attention.h"
+
+namespace jax_flashattn::cpu {
+
+#define FLASH_DECLARE(isa)                          \
+  namespace isa {                                   \
+  void forward(const ForwardParams&, Executor&);    \
+  void backward(const BackwardParams&, Executor&);  \
+  }
+FLASH_DECLARE(baseline)
+#if defined(__x86_64__)
+FLASH_DECLARE(avx2)
+FLASH_DECLARE(avx512)
+FLASH_DECLARE(avx512_bf16)
+#endif
+#undef FLASH_DECLARE
+
+namespace {
+
+struct Candidate {
+  Kernels kernels;
+  bool supported;
+};
+
+Kernels pick() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const Candidate candidates[] = {
+      {{"avx512_bf16", avx512_bf16::forward, avx512_bf16::backward},
+       has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {{"avx512", avx512::forward, avx512::backward}, has_avx512},
+      {{"avx2", avx2::forward, avx2::backward}, has_avx2},
+      {{"baseline", baseline::forward, baseline::backward}, true},
+  };
+#else
+  const Candidate candidates[] = {{{"baseline", baseline::forward, baseline::backward}, true}};
+#endif
+  const char* wanted = std::getenv("JAX_FLASHATTN_CPU_ISA");
+  for (const Candidate& c : candidates) {
+    if (c.supported && (!wanted || !*wanted || std::strcmp(wanted, c.kernels.name) == 0))
+      return c.kernels;
+  }
+  return {nullptr, nullptr, nullptr};
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels picked = pick();
+  return picked;
+}
+
+void* thread_buffer(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    capacity = (bytes + 4095) / 4096 * 4096;
+    buffer.reset(std::aligned_alloc(64, capacity));
+  }
+  return buffer.get();
+}
+
+}  // namespace jax_flashattn::cpu

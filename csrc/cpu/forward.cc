@@ -1,0 +1,253 @@
+// Forward pass (docs/semantics.md S1 to S14) for one instruction set.
+//
+// One task is a group of tiles of query rows of one key head; a tile of keys is packed once for the
+// group. Scores are kept transposed, keys down and rows across the lanes: S^T = K Q^T and
+// O^T = V^T P^T. Row maxima, sums and masks then work lane by lane, and no product needs keys or
+// values transposed. Memory: a few tiles per thread.
+#include "cpu/tile.h"
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+constexpr int64_t kTileKeys = 96;
+constexpr int64_t kMostTiles = 4;
+
+template <class M>
+struct ForwardBuffers {
+  using T = typename M::T;
+  using Acc = typename M::Acc;
+  // Per tile of keys, used by one tile of rows after the other.
+  T *key, *value, *probability;
+  Acc *score, *correction;
+  // Per tile of rows.
+  T* query;
+  Acc *out, *max, *sum;
+  int64_t d, dv;
+
+  ForwardBuffers(Arena& a, const Sizes& n, int64_t tiles)
+      : key(a.take<T>(kTileKeys * even(n.d))),
+        value(a.take<T>(kTileKeys * even(n.dv))),
+        probability(M::kDepth == 1 ? nullptr : a.take<T>(kTileKeys * kRows)),
+        score(a.take<Acc>(kTileKeys * kRows)),
+        correction(a.take<Acc>(kRows)),
+        query(a.take<T>(tiles * even(n.d) * kRows)),
+        out(a.take<Acc>(tiles * even(n.dv) * kRows)),
+        max(a.take<Acc>(tiles * kRows)),
+        sum(a.take<Acc>(tiles * kRows)),
+        d(even(n.d)),
+        dv(even(n.dv)) {
+    if constexpr (M::kDepth == 1) probability = score;  // in place
+  }
+  ForwardBuffers of_tile(int64_t tile) const {
+    ForwardBuffers t = *this;
+    t.query += tile * d * kRows;
+    t.out += tile * dv * kRows;
+    t.max += tile * kRows;
+    t.sum += tile * kRows;
+    return t;
+  }
+};
+
+// Online softmax of `count` keys for kN vectors of rows: scores become probabilities.
+template <class M, int kN, bool kPartial>
+inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int vector, int64_t j0,
+                            int64_t count, typename M::Acc c) {
+  using Acc = typename M::Acc;
+  constexpr int L = kLanes<Acc>;
+  constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
+  Acc* const s = t.score + vector * L;
+  LaneInts<Acc> lo[kN], hi[kN];
+  Vec<Acc> largest[kN], offset[kN], sum[kN];
+  for (int n = 0; n < kN; ++n) {
+    if constexpr (kPartial) lane_limits<Acc>(rows, vector + n, j0, &lo[n], &hi[n]);
+    largest[n] = load(t.max + (vector + n) * L);
+    sum[n] = Vec<Acc>{};
+  }
+  const auto sees = [&](int n, int64_t j) { return lanes_that_see(lo[n], hi[n], j); };
+  for (int64_t j = 0; j < count; ++j) {
+    for (int n = 0; n < kN; ++n) {
+      Vec<Acc> x = load(s + j * kRows + n * L);
+      if constexpr (kPartial) {
+        x = sees(n, j) ? x : splat(-kInf);
+        store(s + j * kRows + n * L, x);
+      }
+      largest[n] = max(largest[n], x);
+    }
+  }
+  for (int n = 0; n < kN; ++n) {
+    const int at = (vector + n) * L;
+    const Vec<Acc> before = load(t.max + at);
+    const Vec<Acc> nothing = splat(-kInf);
+    const Vec<Acc> reference = largest[n] == nothing ? Vec<Acc>{} : largest[n];
+    const Vec<Acc> correction = exp2<M::kExpTerms>((before - reference) * c);
+    offset[n] = reference * c;
+    store(t.max + at, largest[n]);
+    store(t.correction + at, before == nothing ? Vec<Acc>{} : correction);
+  }
+  const auto probability = [&](int64_t j, int n) {
+    Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - offset[n]);
+    if constexpr (kPartial) p = sees(n, j) ? p : Vec<Acc>{};
+    sum[n] += p;
+    return p;
+  };
+  if constexpr (M::kDepth == 1) {
+    for (int64_t j = 0; j < count; ++j)
+      for (int n = 0; n < kN; ++n) store(s + j * kRows + n * L, probability(j, n));
+  } else {
+    for (int64_t j = 0; j < count; j += 2) {
+      for (int n = 0; n < kN; ++n) {
+        const Vec<Acc> first = probability(j, n);
+        const Vec<Acc> second = j + 1 < count ? probability(j + 1, n) : Vec<Acc>{};
+        store_rounded_pairs(t.probability + j * kRows + (vector + n) * L * 2, first, second);
+      }
+    }
+  }
+  for (int n = 0; n < kN; ++n) {
+    const int at = (vector + n) * L;
+    store(t.sum + at, load(t.sum + at) * load(t.correction + at) + sum[n]);
+  }
+}
+
+template <class M, bool kPartial>
+inline void softmax(const ForwardBuffers<M>& t, const Rows& rows, int vectors, int64_t j0,
+                    int64_t count, typename M::Acc c) {
+  int n = 0;
+  for (; n + 4 <= vectors; n += 4) softmax_vectors<M, 4, kPartial>(t, rows, n, j0, count, c);
+  for (; n < vectors; ++n) softmax_vectors<M, 1, kPartial>(t, rows, n, j0, count, c);
+}
+
+// O^T += V^T P^T over visible pairs only (S13): a masked 0 must not meet a NaN or inf in V.
+template <class M, class Storage>
+inline void add_visible_values(const ForwardBuffers<M>& t, const Storage* v, const Rows& rows,
+                               const Sizes& n, int64_t b, int64_t g, int64_t j0, int64_t count) {
+  using Acc = typename M::Acc;
+  for (int l = 0; l < rows.count; ++l) {
+    for (int64_t x = 0; x < n.dv; ++x) t.out[x * kRows + l] *= t.correction[l];
+    for (int64_t j = 0; j < count; ++j) {
+      if (!visible(rows.visible[l], j0 + j)) continue;
+      const auto p = t.probability[(j / M::kDepth * kRows + l) * M::kDepth + j % M::kDepth];
+      const Storage* value = v + ((b * n.sk + j0 + j) * n.g + g) * n.dv;
+      for (int64_t x = 0; x < n.dv; ++x)
+        t.out[x * kRows + l] += static_cast<Acc>(to_float(p)) * to_float(value[x]);
+    }
+  }
+}
+
+template <class M, class Storage>
+inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
+                       int64_t b, int64_t g) {
+  using Acc = typename M::Acc;
+  const Acc c = exponent_scale<Acc>(p.scale);
+  for (int l = 0; l < rows.count; ++l) {
+    if (rows.head[l] < 0) continue;
+    const bool nothing = empty(rows.visible[l]);  // S11
+    const Acc sum = t.sum[l], inverse = nothing ? Acc(0) : Acc(1) / sum;
+    Storage* out = static_cast<Storage*>(p.out) + row_offset(rows, p.n, b, g, l, p.n.dv);
+    for (int64_t x = 0; x < p.n.dv; ++x) round_to(t.out[x * kRows + l] * inverse, out + x);
+    Acc& lse = static_cast<Acc*>(p.lse)[stat_offset(rows, p.n, b, g, l)];
+    lse = nothing ? -std::numeric_limits<Acc>::infinity() : t.max[l] * c * Acc(kLn2) + log_of(sum);  // S10
+  }
+}
+
+// How many tiles of rows share one packed tile of keys: what stays in the L2 cache, and leaves
+// enough tasks for many threads. Results do not depend on it beyond where key tiles begin.
+inline int64_t tiles_per_task(const Sizes& n, int64_t tiles) {
+  constexpr int64_t kTasks = 32, kBytes = 256 * 1024;
+  const int64_t fit = kBytes / ((n.d + n.dv) * kRows * 4);
+  return clamp(n.b * n.g * tiles / kTasks, 1, clamp(fit, 1, kMostTiles));
+}
+
+template <class Storage>
+void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t g, int64_t first,
+                   int64_t tiles) {
+  using M = typename MathOf<Storage>::type;
+  using Acc = typename M::Acc;
+  constexpr int D = M::kDepth;
+  const Sizes& n = p.n;
+  const auto* k = static_cast<const Storage*>(p.k);
+  const auto* v = static_cast<const Storage*>(p.v);
+  const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
+  const Acc c = exponent_scale<Acc>(p.scale);
+
+  Rows rows[kMostTiles];
+  TileLimits all = no_rows();
+  for (int64_t x = 0; x < tiles; ++x) {
+    rows[x] = tile_rows(map, n, p.mask, b, first + x);
+    all = unite(all, rows[x].limits);
+    const auto t = buffers.of_tile(x);
+    pack_columns<M>(static_cast<const Storage*>(p.q), rows[x], n, b, g, n.d, p.scale < 0, t.query);
+    fill(t.max, kRows, -std::numeric_limits<Acc>::infinity());
+    fill(t.sum, kRows, Acc(0));
+    fill(t.out, even(n.dv) * kRows, Acc(0));
+  }
+
+  for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
+    const int64_t count = min64(kTileKeys, all.max_hi - j0);
+    pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
+    if constexpr (D == 2)
+      pack_key_pairs<M>(v, n, b, g, j0, count, n.dv, buffers.value);
+    else
+      pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
+    const int64_t value_count = ceil_div(count, D) * D * even(n.dv);
+    for (int64_t x = 0; x < tiles; ++x) {
+      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
+      if (kind == TileClass::kSkip) continue;
+      const auto t = buffers.of_tile(x);
+      const int vectors = static_cast<int>(ceil_div(rows[x].count, kLanes<Acc>));
+      matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
+                                     t.query, kRows * D, t.score, kRows);
+      if (kind == TileClass::kPartial)
+        softmax<M, true>(t, rows[x], vectors, j0, count, c);
+      else
+        softmax<M, false>(t, rows[x], vectors, j0, count, c);
+      if (kind == TileClass::kPartial && !all_finite(t.value, value_count))
+        add_visible_values<M>(t, v, rows[x], n, b, g, j0, count);
+      else
+        matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(count, D), t.value,
+                                         even(n.dv) * D, t.probability, kRows * D, t.out, kRows,
+                                         t.correction);
+    }
+  }
+  for (int64_t x = 0; x < tiles; ++x)
+    write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
+}
+
+template <class Storage>
+void forward_typed(const ForwardParams& p, Executor& executor) {
+  struct Context {
+    const ForwardParams& p;
+    RowMap map;
+    int64_t tiles, per_task, groups;
+  } x{p, RowMap(p.n), 0, 0, 0};
+  x.tiles = x.map.tiles();
+  x.per_task = tiles_per_task(p.n, x.tiles);
+  x.groups = ceil_div(x.tiles, x.per_task);
+  // Last rows first: under a causal mask they are the longest.
+  executor.run(
+      p.n.b * p.n.g * x.groups,
+      [](void* data, int64_t index) {
+        const auto& x = *static_cast<const Context*>(data);
+        const int64_t heads = x.p.n.b * x.p.n.g;
+        const int64_t first = (x.groups - 1 - index / heads) * x.per_task, head = index % heads;
+        forward_group<Storage>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
+                               min64(x.per_task, x.tiles - first));
+      },
+      &x);
+}
+
+}  // namespace
+
+void forward(const ForwardParams& p, Executor& executor) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return forward_typed<f16>(p, executor);
+    case DType::kBF16:
+      return forward_typed<bf16>(p, executor);
+    case DType::kF32:
+      return forward_typed<float>(p, executor);
+    case DType::kF64:
+      return forward_typed<double>(p, executor);
+  }
+}
+
+}  // namespace jax_flashattn::cpu::FLASH_ISA

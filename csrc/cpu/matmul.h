@@ -1,0 +1,101 @@
+// The tile product of both passes: C[m][n] (+)= sum over k of A[m][k] * B[k][n].
+//
+// n runs along vector lanes, A's elements are broadcast, accumulators stay in registers. Every
+// product of attention fits this form without transposing keys or values, because scores are kept
+// transposed: lanes are query rows (see forward.cc).
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+template <int kValue>
+struct Width {
+  static constexpr int value = kValue;
+};
+
+enum class Start { kZero, kAdd, kRescale };
+
+// One register tile. A is [m][k] with row stride lda, or with kTransposedA [k][m]; B is [k][n].
+// Strides count elements of one k step, which holds kDepth elements of each column side by side.
+template <class M, int kM, int kN, bool kTransposedA, Start kStart>
+inline void register_tile(int64_t k, const typename M::T* a, int64_t lda, const typename M::T* b,
+                          int64_t ldb, typename M::Acc* c, int64_t ldc,
+                          const typename M::Acc* rescale) {
+  using Acc = typename M::Acc;
+  constexpr int L = kLanes<Acc>;
+  constexpr int64_t a_k_unit = kTransposedA ? 0 : M::kDepth;
+  constexpr int64_t a_m_unit = kTransposedA ? M::kDepth : 0;
+  Vec<Acc> acc[kM][kN];
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+      if constexpr (kStart == Start::kZero) acc[m][n] = Vec<Acc>{};
+      if constexpr (kStart == Start::kAdd) acc[m][n] = load(c + m * ldc + n * L);
+      if constexpr (kStart == Start::kRescale)
+        acc[m][n] = load(c + m * ldc + n * L) * load(rescale + n * L);
+    }
+  }
+  const int64_t a_m = kTransposedA ? a_m_unit : lda;
+  const int64_t a_k = kTransposedA ? lda : a_k_unit;
+  for (int64_t p = 0; p < k; ++p) {
+    typename M::V row[kN];
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) __builtin_memcpy(&row[n], b + n * L * M::kDepth, sizeof row[n]);
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) acc[m][n] = M::fma(acc[m][n], a + m * a_m, row[n]);
+    }
+    a += a_k;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) store(c + m * ldc + n * L, acc[m][n]);
+  }
+}
+
+template <class M, int kN, bool kTransposedA, Start kStart>
+inline void panel(int64_t m_count, int64_t k, const typename M::T* a, int64_t lda,
+                  const typename M::T* b, int64_t ldb, typename M::Acc* c, int64_t ldc,
+                  const typename M::Acc* rescale) {
+  const int64_t a_row = kTransposedA ? M::kDepth : lda;
+  int64_t m = 0;
+  for (; m + 6 <= m_count; m += 6)
+    register_tile<M, 6, kN, kTransposedA, kStart>(k, a + m * a_row, lda, b, ldb, c + m * ldc, ldc,
+                                                  rescale);
+  if (m_count - m >= 4) {
+    register_tile<M, 4, kN, kTransposedA, kStart>(k, a + m * a_row, lda, b, ldb, c + m * ldc, ldc,
+                                                  rescale);
+    m += 4;
+  }
+  if (m_count - m >= 2)
+    register_tile<M, 2, kN, kTransposedA, kStart>(k, a + m * a_row, lda, b, ldb, c + m * ldc, ldc,
+                                                  rescale);
+}
+
+// m_count is even, n_vectors counts vectors of lanes, k counts steps of kDepth.
+template <class M, bool kTransposedA, Start kStart>
+inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename M::T* a,
+                   int64_t lda, const typename M::T* b, int64_t ldb, typename M::Acc* c,
+                   int64_t ldc, const typename M::Acc* rescale = nullptr) {
+  constexpr int L = kLanes<typename M::Acc>;
+  int64_t n = 0;
+  const auto step = [&](auto width) {
+    panel<M, width.value, kTransposedA, kStart>(m_count, k, a, lda, b + n * L * M::kDepth, ldb,
+                                                c + n * L, ldc, rescale ? rescale + n * L : nullptr);
+    n += width.value;
+  };
+  while (n_vectors - n >= kPanelVectors) step(Width<kPanelVectors>{});
+  if constexpr (kPanelVectors > 2) {
+    if (n_vectors - n >= 2) step(Width<2>{});
+  }
+  if (n_vectors - n >= 1) step(Width<1>{});
+}
+
+}  // namespace
+}  // namespace jax_flashattn::cpu::FLASH_ISA

@@ -1,0 +1,236 @@
+// Vectors of one instruction set: the only file of csrc/cpu that names one.
+//
+// Included once per instruction set, with FLASH_ISA naming the namespace. Everything has internal
+// linkage: the linker must never serve one set's code to another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "semantics/params.h"
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kPanelVectors = 4;  // columns of a register tile; 6 x 4 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kPanelVectors = 2;  // 6 x 2 accumulators of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kPanelVectors = 2;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// max(a, b), and b where either is NaN: a NaN in `b` survives.
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+
+// 2^x by rounding to an integer n and a minimax polynomial of the rest; 0 below 2^-126, NaN stays.
+// Relative error 7.5e-8 (Terms 6) or 2.6e-6 (Terms 5, enough where the result is rounded to bf16).
+template <int Terms>
+inline Vec<float> exp2(Vec<float> x) {
+  static_assert(Terms == 5 || Terms == 6, "fitted for these");
+  x = max(splat(-127.0f), min(splat(128.0f), x));
+  const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become n
+  const Vec<float> f = x - (shifted - 12582912.0f);
+  Vec<float> p;
+  if constexpr (Terms == 6) {
+    p = f * 0.00132764668f + 0.00967554129f;
+    p = p * f + 0.0555071329f;
+    p = p * f + 0.240221197f;
+    p = p * f + 0.693146967f;
+    p = p * f + 1.00000007f;
+  } else {
+    p = f * 0.00957009666f + 0.0559178599f;
+    p = p * f + 0.24024745f;
+    p = p * f + 0.693121815f;
+    p = p * f + 0.999999261f;
+  }
+  return p * (Vec<float>)(((Vec<int32_t>)shifted + 127) << 23);
+}
+
+template <int Terms>
+inline Vec<double> exp2(Vec<double> x) {
+  constexpr double c[] = {0x1.fffffffffffedp-1,  0x1.62e42fefa39d7p-1,  0x1.ebfbdff82c65bp-3,
+                          0x1.c6b08d7047c22p-5,  0x1.3b2ab6fb74501p-7,  0x1.5d87fe7d141cbp-10,
+                          0x1.43091406f09f4p-13, 0x1.ffcbfc878252cp-17, 0x1.62bc84959dc65p-20,
+                          0x1.b4f454080435ap-24, 0x1.ecc67f3b2fd31p-28, 0x1.3b9a6090a534cp-31};
+  x = max(splat(-1023.0), min(splat(1024.0), x));
+  const Vec<double> shifted = x + 0x1.8p52;
+  const Vec<double> f = x - (shifted - 0x1.8p52);
+  Vec<double> p = splat(c[11]);
+  for (int i = 10; i >= 0; --i) p = p * f + c[i];
+  return p * (Vec<double>)(((Vec<int64_t>)shifted + 1023) << 52);
+}
+
+// Storage types are distinct so that overloads can tell two 16-bit formats apart.
+enum bf16 : uint16_t {};
+enum f16 : uint16_t {};
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+inline float to_float(f16 x) {
+  _Float16 h;
+  __builtin_memcpy(&h, &x, 2);
+  return static_cast<float>(h);
+}
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+
+// Round to nearest even; NaN stays NaN.
+inline void round_to(float x, bf16* out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *out = static_cast<bf16>(x == x ? rounded : (bits >> 16) | 0x40);
+}
+inline void round_to(float x, f16* out) {
+  const _Float16 h = static_cast<_Float16>(x);
+  __builtin_memcpy(out, &h, 2);
+}
+inline void round_to(float x, float* out) { *out = x; }
+inline void round_to(double x, double* out) { *out = x; }
+
+// kLanes consecutive elements as accumulator-type vectors.
+inline Vec<float> load_wide(const float* p) { return load(p); }
+inline Vec<double> load_wide(const double* p) { return load(p); }
+inline Vec<float> load_wide(const bf16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),
+                                       16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+                                       16);
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+inline Vec<float> load_wide(const f16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// How one product multiplies: `T` is an operand element, `V` an operand vector, `Acc` accumulates.
+// kDepth elements are consumed at once: with depth 2, operands hold neighbours of the reduction
+// dimension side by side.
+template <class Float, int kTerms>
+struct PlainMath {
+  using T = Float;
+  using V = Vec<Float>;
+  using Acc = Float;
+  static constexpr int kDepth = 1;
+  static constexpr int kExpTerms = kTerms;
+  static inline Vec<Acc> fma(Vec<Acc> acc, const T* a, V b) { return acc + *a * b; }
+};
+using F32Math = PlainMath<float, 6>;
+using F64Math = PlainMath<double, 12>;
+
+#if defined(__AVX512BF16__)
+struct Bf16Math {
+  using T = bf16;
+  using V = Vec<int32_t>;
+  using Acc = float;
+  static constexpr int kDepth = 2;
+  static constexpr int kExpTerms = 5;
+  static inline Vec<Acc> fma(Vec<Acc> acc, const T* a, V b) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    const __m512i broadcast = _mm512_set1_epi32(pair);
+    return (Vec<Acc>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast, (__m512bh)b);
+  }
+};
+using MathForBf16 = Bf16Math;
+
+inline void store_rounded(bf16* p, Vec<float> x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+}
+// The same for two vectors, low[l] and high[l] side by side.
+inline void store_rounded_pairs(bf16* p, Vec<float> low, Vec<float> high) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
+}
+#else
+using MathForBf16 = F32Math;
+#endif
+
+template <class Storage>
+struct MathOf {
+  using type = F32Math;
+};
+template <>
+struct MathOf<double> {
+  using type = F64Math;
+};
+template <>
+struct MathOf<bf16> {
+  using type = MathForBf16;
+};
+
+}  // namespace
+}  // namespace jax_flashattn::cpu::FLASH_ISA

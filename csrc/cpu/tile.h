@@ -1,0 +1,258 @@
+// What both passes do around the products: which rows a tile holds, packing, masks, transposes.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/attention.h"
+#include "cpu/matmul.h"
+
+namespace jax_flashattn::cpu {
+void* thread_buffer(int64_t bytes);  // dispatch.cc: 64-byte aligned, reused by the calling thread
+}
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+constexpr int kRows = 64;  // query rows of a tile: the lanes of transposed scores
+
+constexpr int64_t even(int64_t x) { return x + (x & 1); }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Hands out pieces of the thread's buffer. The first pass (base null) only counts bytes.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+template <class Buffers>
+inline Buffers thread_buffers(const Sizes& n, int64_t tiles) {
+  Arena count{nullptr};
+  Buffers(count, n, tiles);
+  Arena arena{static_cast<char*>(thread_buffer(count.used))};
+  return Buffers(arena, n, tiles);
+}
+
+template <class T>
+inline void fill(T* p, int64_t count, T value) {
+  for (int64_t k = 0; k < count; ++k) p[k] = value;
+}
+
+// The query rows of one key head, cut into tiles. A long sequence starts every head on a new tile;
+// a short one (decode) lets the heads of a group share tiles, because they share keys and values.
+struct RowMap {
+  int64_t sq, r, pitch;
+  explicit RowMap(const Sizes& n)
+      : sq(n.sq), r(n.r), pitch(n.sq >= kRows ? ceil_div(n.sq, kRows) * kRows : n.sq) {}
+  int64_t tiles() const { return ceil_div(r * pitch, kRows); }
+};
+
+struct Rows {
+  int count;            // lanes in use, up to the last real row
+  int64_t head[kRows];  // -1: no row in this lane
+  int64_t i[kRows];
+  Interval visible[kRows];
+  TileLimits limits;
+};
+
+inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask, int64_t b,
+                      int64_t tile) {
+  Rows rows;
+  rows.count = 0;
+  rows.limits = no_rows();
+  for (int l = 0; l < kRows; ++l) {
+    const int64_t row = tile * kRows + l;
+    const int64_t head = row / map.pitch, i = row % map.pitch;
+    const bool real = head < map.r && i < map.sq;
+    rows.head[l] = real ? head : -1;
+    rows.i[l] = i;
+    rows.visible[l] = {0, 0};
+    if (!real) continue;
+    rows.count = l + 1;
+    rows.visible[l] = row_interval(mask, n, b, i);
+    rows.limits = add_row(rows.limits, rows.visible[l]);
+  }
+  return rows;
+}
+
+// Offset of row l's first element in a [b, s, g, r, width] array.
+inline int64_t row_offset(const Rows& rows, const Sizes& n, int64_t b, int64_t g, int l,
+                          int64_t width) {
+  return (((b * n.sq + rows.i[l]) * n.g + g) * n.r + rows.head[l]) * width;
+}
+// The same in a [b, g, r, sq] array.
+inline int64_t stat_offset(const Rows& rows, const Sizes& n, int64_t b, int64_t g, int l) {
+  return ((b * n.g + g) * n.r + rows.head[l]) * n.sq + rows.i[l];
+}
+
+inline float negated(float x) { return -x; }
+inline double negated(double x) { return -x; }
+inline bf16 negated(bf16 x) { return static_cast<bf16>(x ^ 0x8000); }
+
+template <class Storage, class T>
+inline T as_operand(Storage x) {
+  if constexpr (sizeof(Storage) == sizeof(T))
+    return static_cast<T>(x);
+  else
+    return to_float(x);
+}
+
+// `count` elements, widened to operands and zero-filled up to `padded`.
+template <class M, class Storage>
+inline void pack_row(const Storage* src, int64_t count, int64_t padded, typename M::T* dst) {
+  using T = typename M::T;
+  int64_t c = 0;
+  if constexpr (sizeof(Storage) == sizeof(T)) {
+    __builtin_memcpy(dst, src, count * sizeof(T));
+    c = count;
+  } else {
+    constexpr int L = kLanes<T>;
+    for (; c + L <= count; c += L) store(dst + c, load_wide(src + c));
+    for (; c < count; ++c) dst[c] = as_operand<Storage, T>(src[c]);
+  }
+  for (; c < padded; ++c) dst[c] = T(0);
+}
+
+// Two neighbouring rows interleaved, for a product that reduces over rows two at a time.
+template <class M, class Storage>
+inline void pack_row_pair(const Storage* first, const Storage* second, int64_t count,
+                          int64_t padded, typename M::T* dst) {
+  static_assert(M::kDepth == 2);
+  int64_t c = 0;
+#if defined(__AVX512BF16__)
+  for (; c + 16 <= count; c += 16) {
+    const auto wide = [&](const Storage* p) {
+      return p ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + c)))
+               : _mm512_setzero_si512();
+    };
+    _mm512_storeu_si512(dst + 2 * c,
+                        _mm512_or_si512(wide(first), _mm512_slli_epi32(wide(second), 16)));
+  }
+#endif
+  using T = typename M::T;
+  for (; c < padded; ++c) {
+    dst[2 * c] = c < count && first ? as_operand<Storage, T>(first[c]) : T(0);
+    dst[2 * c + 1] = c < count && second ? as_operand<Storage, T>(second[c]) : T(0);
+  }
+}
+
+// Keys or values [j0, j0 + count) of head g, one after the other: [count][even(width)].
+template <class M, class Storage>
+inline void pack_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
+                      int64_t count, int64_t width, typename M::T* dst) {
+  for (int64_t j = 0; j < even(count); ++j) {
+    if (j < count)
+      pack_row<M>(src + ((b * n.sk + j0 + j) * n.g + g) * width, width, even(width),
+                  dst + j * even(width));
+    else
+      for (int64_t c = 0; c < even(width); ++c) dst[j * even(width) + c] = typename M::T(0);
+  }
+}
+
+// The same with pairs of keys interleaved: [count / 2][even(width)][2].
+template <class M, class Storage>
+inline void pack_key_pairs(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
+                           int64_t count, int64_t width, typename M::T* dst) {
+  const auto key = [&](int64_t j) { return src + ((b * n.sk + j0 + j) * n.g + g) * width; };
+  for (int64_t j = 0; j < count; j += 2)
+    pack_row_pair<M, Storage>(key(j), j + 1 < count ? key(j + 1) : nullptr, width, even(width),
+                              dst + j * even(width));
+}
+
+// Query-side rows as columns: [width / depth][kRows][depth]; `flip` negates (S8 with scale < 0).
+template <class M, class Storage>
+inline void pack_columns(const Storage* src, const Rows& rows, const Sizes& n, int64_t b,
+                         int64_t g, int64_t width, bool flip, typename M::T* dst) {
+  using T = typename M::T;
+  constexpr int D = M::kDepth;
+  for (int l = 0; l < kRows; ++l) {
+    const Storage* row = rows.head[l] < 0 ? nullptr : src + row_offset(rows, n, b, g, l, width);
+    for (int64_t c = 0; c < ceil_div(width, D) * D; ++c) {
+      T x = row && c < width ? as_operand<Storage, T>(row[c]) : T(0);
+      if (flip) x = negated(x);
+      dst[(c / D * kRows + l) * D + c % D] = x;
+    }
+  }
+}
+
+// Query-side rows as rows, for products that reduce over them: [kRows / depth][padded][depth].
+template <class M, class Storage>
+inline void pack_rows(const Storage* src, const Rows& rows, const Sizes& n, int64_t b, int64_t g,
+                      int64_t width, typename M::T* dst) {
+  const int64_t padded = padded_dim(width);
+  const auto row = [&](int l) -> const Storage* {
+    return rows.head[l] < 0 ? nullptr : src + row_offset(rows, n, b, g, l, width);
+  };
+  for (int l = 0; l < kRows; l += M::kDepth) {
+    typename M::T* to = dst + l * padded;
+    if constexpr (M::kDepth == 2)
+      pack_row_pair<M>(row(l), row(l + 1), width, padded, to);
+    else if (row(l))
+      pack_row<M>(row(l), width, padded, to);
+    else
+      for (int64_t c = 0; c < padded; ++c) to[c] = 0;
+  }
+}
+
+inline bool all_finite(const float* p, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, p + k, 4);
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest < 0x7f800000u;
+}
+inline bool all_finite(const double* p, int64_t count) {
+  bool finite = true;
+  for (int64_t k = 0; k < count; ++k) finite &= p[k] - p[k] == 0;
+  return finite;
+}
+inline bool all_finite(const bf16* p, int64_t count) {
+  uint16_t largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const uint16_t bits = p[k] & 0x7fffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest < 0x7f80u;
+}
+
+// Limits of one vector of rows, counted from key j0.
+template <class Acc>
+using LaneInts = Vec<std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>>;
+
+template <class Acc>
+inline void lane_limits(const Rows& rows, int vector, int64_t j0, LaneInts<Acc>* lo,
+                        LaneInts<Acc>* hi) {
+  for (int l = 0; l < kLanes<Acc>; ++l) {
+    const Interval v = rows.visible[vector * kLanes<Acc> + l];
+    (*lo)[l] = v.lo - j0;
+    (*hi)[l] = v.hi - j0;
+  }
+}
+template <class Ints>
+inline auto lanes_that_see(Ints lo, Ints hi, int64_t j) {
+  const auto key = static_cast<std::remove_reference_t<decltype(lo[0])>>(j);
+  return (lo <= key) & (hi > key);
+}
+
+// Scores enter exp2 as |scale| * log2(e) * s; a negative scale flips the sign of the packed query.
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+template <class Acc>
+inline Acc exponent_scale(double scale) {
+  return static_cast<Acc>((scale < 0 ? -scale : scale) * kLog2e);
+}
+
+inline float log_of(float x) { return __builtin_logf(x); }
+inline double log_of(double x) { return __builtin_log(x); }
+
+}  // namespace
+}  // namespace jax_flashattn::cpu::FLASH_ISA

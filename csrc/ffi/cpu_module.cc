@@ -1,0 +1,151 @@
+// The CPU extension module: FFI handlers as capsules, and what the diagnostics page asks.
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+#include "cpu/attention.h"
+#include "ffi/decode.h"
+
+namespace jax_flashattn {
+namespace {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using Result = ffi::Result<AnyBuffer>;
+
+// Spreads a loop over XLA's intra-op thread pool. The calling thread works too, and waits only for
+// indices that a helper has already claimed: a pool that is busy, or the caller being one of its
+// threads, cannot deadlock it. A helper that starts late finds nothing to claim and touches nothing
+// but the shared counter.
+class PoolExecutor final : public cpu::Executor {
+ public:
+  explicit PoolExecutor(ffi::ThreadPool pool) : pool_(pool) {}
+
+  void run(int64_t count, void (*body)(void*, int64_t), void* context) override {
+    const int64_t helpers = std::min<int64_t>(pool_.num_threads(), count) - 1;
+    if (helpers <= 0) {
+      for (int64_t index = 0; index < count; ++index) body(context, index);
+      return;
+    }
+    auto loop = std::make_shared<Loop>();
+    loop->count = count;
+    loop->body = body;
+    loop->context = context;
+    for (int64_t h = 0; h < helpers; ++h) pool_.Schedule([loop] { loop->work(); });
+    loop->work();
+    std::unique_lock<std::mutex> lock(loop->mutex);
+    loop->finished.wait(lock, [&] { return loop->done == loop->count; });
+  }
+
+ private:
+  struct Loop {
+    int64_t count;
+    void (*body)(void*, int64_t);
+    void* context;
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+    int64_t done = 0;
+
+    void work() {
+      int64_t mine = 0;
+      for (int64_t index; (index = next.fetch_add(1)) < count; ++mine) body(context, index);
+      if (mine == 0) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      done += mine;
+      if (done == count) finished.notify_all();
+    }
+  };
+  ffi::ThreadPool pool_;
+};
+
+ffi::Error no_kernels() {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                    "jax_flashattn: JAX_FLASHATTN_CPU_ISA names no instruction set of this CPU; "
+                    "see python -m jax_flashattn");
+}
+
+ffi::Error forward(ffi::ThreadPool pool, double scale, int64_t left, int64_t right, bool,
+                   AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
+                   AnyBuffer hi, Result out, Result lse) {
+  ForwardParams p;
+  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
+  if (auto e = decode_forward(in, *out, *lse, &p); e.failure()) return e;
+  if (!cpu::kernels().forward) return no_kernels();
+  PoolExecutor executor(pool);
+  cpu::kernels().forward(p, executor);
+  return ffi::Error::Success();
+}
+
+ffi::Error backward(ffi::ThreadPool pool, double scale, int64_t left, int64_t right, bool,
+                    AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
+                    AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta, Result dq,
+                    Result dk, Result dv, Result scratch) {
+  BackwardParams p;
+  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
+  if (auto e = decode_backward(in, {dout, lse, delta}, {*dq, *dk, *dv}, &p); e.failure()) return e;
+  const Sizes& n = p.n;
+  const auto dims = scratch->dimensions();
+  p.parts = dims.size() == 5 && dims[2] > 0 ? dims[2] : 1;
+  if (auto e = expect("scratch", *scratch,
+                      {n.b, n.g, p.parts, n.sk + n.sk % 2,
+                       cpu::padded_dim(n.d) + cpu::padded_dim(n.dv)},
+                      statistics_type(p.dtype));
+      e.failure())
+    return e;
+  p.scratch = scratch->untyped_data();
+  if (!cpu::kernels().backward) return no_kernels();
+  PoolExecutor executor(pool);
+  cpu::kernels().backward(p, executor);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Attr<double>("scale")
+                           .Attr<int64_t>("left")
+                           .Attr<int64_t>("right")
+                           .Attr<bool>("deterministic")
+                           .Arg<AnyBuffer>()    // query [b, g, r, sq, d]
+                           .Arg<AnyBuffer>()    // key [b, g, sk, d]
+                           .Arg<AnyBuffer>()    // value [b, g, sk, dv]
+                           .Arg<AnyBuffer>()    // lengths [b, 1 or g, 2 or 0]
+                           .Arg<AnyBuffer>()    // lo [b, 1 or g, sq or 0]
+                           .Arg<AnyBuffer>()    // hi [b, 1 or g, sq or 0]
+                           .Ret<AnyBuffer>()    // out [b, g, r, sq, dv]
+                           .Ret<AnyBuffer>());  // lse [b, g, r, sq]
+
+XLA_FFI_DEFINE_HANDLER(kBackward, backward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Attr<double>("scale")
+                           .Attr<int64_t>("left")
+                           .Attr<int64_t>("right")
+                           .Attr<bool>("deterministic")
+                           .Arg<AnyBuffer>()    // query
+                           .Arg<AnyBuffer>()    // key
+                           .Arg<AnyBuffer>()    // value
+                           .Arg<AnyBuffer>()    // lengths
+                           .Arg<AnyBuffer>()    // lo
+                           .Arg<AnyBuffer>()    // hi
+                           .Arg<AnyBuffer>()    // dout [b, g, r, sq, dv]
+                           .Arg<AnyBuffer>()    // lse [b, g, r, sq]
+                           .Arg<AnyBuffer>()    // delta [b, g, r, sq]
+                           .Ret<AnyBuffer>()    // dq
+                           .Ret<AnyBuffer>()    // dk
+                           .Ret<AnyBuffer>()    // dv
+                           .Ret<AnyBuffer>());  // scratch [b, g, parts, sk + odd, padded d + dv]
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.def("forward", [] { return pybind11::capsule(reinterpret_cast<void*>(kForward)); });
+  m.def("backward", [] { return pybind11::capsule(reinterpret_cast<void*>(kBackward)); });
+  m.def("instruction_set", []() -> const char* { return cpu::kernels().name; });
+}
+
+}  // namespace jax_flashattn

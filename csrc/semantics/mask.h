@@ -1,0 +1,90 @@
+// Which keys a query row sees (docs/semantics.md S2, S3, S5, S11). Host and device, no dependencies.
+//
+// Every mask is a row interval: row i sees the keys j with lo(i) <= j < hi(i). This header and
+// jax_flashattn/_mask.py are the only two places where that rule is written.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FLASH_FN static __host__ __device__ __forceinline__
+#else
+#define FLASH_FN static inline
+#endif
+
+namespace jax_flashattn {
+
+constexpr int kUnbounded = -1;  // of a window side
+
+// The visible keys [lo, hi) of one row; empty iff lo >= hi.
+struct Interval {
+  int32_t lo, hi;
+};
+
+// The arithmetic mask of one sequence pair. `sq` and `sk` are its true lengths.
+struct ArithmeticMask {
+  int64_t sq, sk;
+  int64_t left, right;  // kUnbounded or >= 0
+};
+
+FLASH_FN int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+// S2: query row i is aligned with key i + sk - sq; a row past the sequence sees nothing.
+FLASH_FN Interval row_interval(const ArithmeticMask& m, int64_t i) {
+  if (i >= m.sq) return {0, 0};
+  const int64_t centre = i + m.sk - m.sq;
+  int64_t lo = 0, hi = m.sk;
+  if (m.left != kUnbounded) lo = clamp(centre - m.left, 0, m.sk);
+  if (m.right != kUnbounded) hi = clamp(centre + m.right + 1, 0, m.sk);
+  return {static_cast<int32_t>(lo), static_cast<int32_t>(hi)};
+}
+
+// An interval read from an array is clamped: nothing a caller passes can point outside the keys.
+FLASH_FN Interval clamped_interval(int64_t lo, int64_t hi, int64_t sk) {
+  return {static_cast<int32_t>(clamp(lo, 0, sk)), static_cast<int32_t>(clamp(hi, 0, sk))};
+}
+
+FLASH_FN bool visible(Interval row, int64_t j) { return row.lo <= j && j < row.hi; }
+
+FLASH_FN bool empty(Interval row) { return row.lo >= row.hi; }
+
+// What a tile needs to know of its rows: the union of their intervals (over rows that see anything)
+// and the intersection (over all rows; empty if one of them is).
+struct TileLimits {
+  int32_t min_lo, max_hi;  // union
+  int32_t max_lo, min_hi;  // intersection
+};
+
+FLASH_FN TileLimits no_rows() { return {INT32_MAX, 0, 0, INT32_MAX}; }
+
+FLASH_FN TileLimits add_row(TileLimits t, Interval row) {
+  if (empty(row)) {  // it widens nothing, and no tile is full for it
+    t.min_hi = 0;
+    return t;
+  }
+  t.min_lo = row.lo < t.min_lo ? row.lo : t.min_lo;
+  t.max_hi = row.hi > t.max_hi ? row.hi : t.max_hi;
+  t.max_lo = row.lo > t.max_lo ? row.lo : t.max_lo;
+  t.min_hi = row.hi < t.min_hi ? row.hi : t.min_hi;
+  return t;
+}
+
+FLASH_FN TileLimits unite(TileLimits a, const TileLimits& b) {
+  a.min_lo = b.min_lo < a.min_lo ? b.min_lo : a.min_lo;
+  a.max_hi = b.max_hi > a.max_hi ? b.max_hi : a.max_hi;
+  a.max_lo = b.max_lo > a.max_lo ? b.max_lo : a.max_lo;
+  a.min_hi = b.min_hi < a.min_hi ? b.min_hi : a.min_hi;
+  return a;
+}
+
+enum class TileClass { kSkip, kPartial, kFull };
+
+// S5: the class of keys [j0, j1) for the rows gathered in `t`.
+FLASH_FN TileClass classify(const TileLimits& t, int64_t j0, int64_t j1) {
+  if (j1 <= t.min_lo || j0 >= t.max_hi) return TileClass::kSkip;
+  return t.max_lo <= j0 && j1 <= t.min_hi ? TileClass::kFull : TileClass::kPartial;
+}
+
+}  // namespace jax_flashattn

@@ -1,0 +1,62 @@
+// One attention problem, as both backends receive it: sizes, buffers, the mask source.
+//
+// Letters: b batch, g key heads, r query heads per key head, sq/sk lengths, d/dv head dims.
+// Memory is b, s, h, d (h = g * r + r') for query, key, value, out and their gradients, and
+// b, g, r, sq for lse and delta.
+#pragma once
+
+#include <cstdint>
+
+#include "semantics/mask.h"
+
+namespace jax_flashattn {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+enum class DType { kF16, kBF16, kF32, kF64 };
+
+struct Sizes {
+  int64_t b, g, r, sq, sk, d, dv;
+};
+
+// Arithmetic limits unless `lo` is given. Lengths are optional in both.
+struct MaskSource {
+  int64_t left, right;
+  const int32_t* lengths;  // (query, key) length of batch b at b * lengths_pitch, or null
+  const int32_t* lo;       // row i of batch b at b * limits_pitch + i, or null
+  const int32_t* hi;
+  int64_t lengths_pitch, limits_pitch;
+};
+
+FLASH_FN Interval row_interval(const MaskSource& m, const Sizes& n, int64_t b, int64_t i) {
+  const int64_t sq = m.lengths ? clamp(m.lengths[b * m.lengths_pitch], 0, n.sq) : n.sq;
+  const int64_t sk = m.lengths ? clamp(m.lengths[b * m.lengths_pitch + 1], 0, n.sk) : n.sk;
+  if (m.lo == nullptr) return row_interval(ArithmeticMask{sq, sk, m.left, m.right}, i);
+  if (i >= sq) return {0, 0};
+  return clamped_interval(m.lo[b * m.limits_pitch + i], m.hi[b * m.limits_pitch + i], sk);
+}
+
+struct ForwardParams {
+  Sizes n;
+  DType dtype;
+  MaskSource mask;
+  double scale;
+  const void *q, *k, *v;
+  void* out;
+  void* lse;  // float, or double for kF64
+};
+
+struct BackwardParams {
+  Sizes n;
+  DType dtype;
+  MaskSource mask;
+  double scale;
+  const void *q, *k, *v, *dout;
+  const void *lse, *delta;  // float, or double for kF64
+  void *dq, *dk, *dv;
+  // CPU only: accumulators [b, g, parts, sk + odd, padded(d) + padded(dv)].
+  void* scratch;
+  int64_t parts;
+};
+
+}  // namespace jax_flashattn

@@ -1,0 +1,44 @@
+"""One differentiable attention call over the two primitives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_flashattn import _compat
+from jax_flashattn._primitives import flash_backward, flash_forward
+from jax_flashattn._spec import AttentionSpec
+from jax_flashattn._validate import Operands
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def attention(operands: Operands, spec: AttentionSpec) -> tuple[Array, Array]:
+    """Output [b, sq, hq, dv] and log-sum-exp [b, hq, sq] by the kernels."""
+    return flash_forward(operands, spec)
+
+
+def _attention_forward(operands: Operands, spec: AttentionSpec):
+    out, lse = flash_forward(operands, spec)
+    # Under jax.checkpoint a policy that saves these names does not run the kernel again.
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
+    return (out, lse), (operands, out, lse)
+
+
+def _attention_backward(spec: AttentionSpec, residuals, cotangents):
+    operands, out, lse = residuals
+    dout, dlse = cotangents
+    # S10: a cotangent of lse enters the score gradient P * (dP - delta) with the opposite sign.
+    row_dot = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
+    delta = row_dot.swapaxes(1, 2) - dlse
+    gradients = flash_backward(operands, dout, lse, delta, spec)
+    matched = [
+        _compat.match_cotangent(ct, x)
+        for ct, x in zip(gradients, (operands.query, operands.key, operands.value))
+    ]
+    return (Operands(*matched),)
+
+
+attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,68 @@
+"""The only place that touches private or version-dependent jax (0.10 to 0.12)."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import Array
+from jax._src import core, dispatch
+from jax._src.custom_partitioning_sharding_rule import (
+    sdy_sharding_rule_to_mlir,
+    str_to_sdy_sharding_rule,
+)
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+__all__ = ["Primitive", "batching", "mlir"]
+
+
+def make_primitive(name: str) -> Primitive:
+    """A primitive with several results that can also be called eagerly."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    dispatch.simple_impl(primitive)
+    return primitive
+
+
+def _varying(x) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def result_avals(
+    name: str, operands: Sequence, shapes: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike]]
+) -> tuple:
+    """Result types that carry the operands' mesh and manual axes (for shard_map's check_vma)."""
+    core.standard_vma_rule(name, *operands)
+    mesh = operands[0].sharding.mesh
+    return tuple(
+        core.ShapedArray(
+            shape,
+            dtype,
+            sharding=NamedSharding(mesh, P(*[None] * len(shape))),
+            manual_axis_type=operands[0].manual_axis_type,
+        )
+        for shape, dtype in shapes
+    )
+
+
+def match_varying(operands: Sequence[Array]) -> list[Array]:
+    """Casts operands to vary over the same manual axes, as one primitive needs."""
+    union = frozenset().union(*(_varying(x) for x in operands))
+    cast = []
+    for x in operands:
+        missing = tuple(union - _varying(x))
+        cast.append(jax.lax.pcast(x, missing, to="varying") if missing else x)
+    return cast
+
+
+def match_cotangent(cotangent: Array, primal: Array) -> Array:
+    """Sums a cotangent over manual axes that its primal does not vary on."""
+    axes = tuple(_varying(cotangent) - _varying(primal))
+    return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def sharding_rule(rule: str, replicated: tuple[str, ...], operand_types, result_types):
+    """A Shardy rule as an MLIR attribute; `replicated` factors in order of first appearance."""
+    parsed = str_to_sdy_sharding_rule(rule, need_replication_factors=replicated)
+    return sdy_sharding_rule_to_mlir(parsed, operand_types, result_types)

@@ -1,0 +1,271 @@
+"""Every check and every user-facing error: public arguments in, (Operands, AttentionSpec) out."""
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_flashattn import _mask
+from jax_flashattn._spec import AttentionSpec
+from jax_flashattn.masks import IntervalMask
+
+MAX_HEAD_DIM = 256
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+IMPLEMENTATIONS = (None, "kernel", "reference")
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, in the user's layout.
+
+    query [b, sq, hq, d], key [b, sk, hk, d], value [b, sk, hk, dv]; then the mask: lengths int32
+    [b, 2] (query, key) for arithmetic masks, or lo, hi int32 [b, sq] that already contain
+    everything. Absent ones are None.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    lengths: Array | None = None
+    lo: Array | None = None
+    hi: Array | None = None
+
+
+def prepare(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    causal: bool,
+    window: Any,
+    scale: Any,
+    segment_ids: Any,
+    lengths: Any,
+    mask: Any,
+    deterministic: bool,
+) -> tuple[Operands, AttentionSpec]:
+    """Checks a call and brings it into the one form that the rest of the library knows."""
+    query, key, value = check_arrays(query, key, value)
+    b, sq, _, d = query.shape
+    sk = key.shape[1]
+    left, right = check_window(window)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {causal!r}.")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be a bool, got {deterministic!r}.")
+    if causal:
+        right = 0 if right is None else min(right, 0)  # S2
+    left, right = _mask.normalized_window(left, right, sq, sk)
+    scale = check_scale(scale, d)
+    lengths = check_lengths(lengths, b)
+    segment_ids = check_segment_ids(segment_ids, b, sq, sk)
+    mask = check_mask(mask, b, sq)
+
+    if segment_ids is None and mask is None:
+        spec = AttentionSpec(scale, left, right, deterministic)
+        return Operands(query, key, value, lengths), spec
+    spec = AttentionSpec(scale, deterministic=deterministic)
+    lo, hi = _intervals(segment_ids, mask, lengths, left, right, (b, sq, sk))
+    return Operands(query, key, value, lo=lo, hi=hi), spec
+
+
+def _intervals(segment_ids, mask, lengths, left, right, sizes) -> _mask.Intervals:
+    """Everything that hides keys, as intervals [b, sq]."""
+    b, sq, sk = sizes
+    if segment_ids is None:
+        limits = _mask.arithmetic_intervals(sq, sk, left, right, lengths)
+    else:
+        q_ids, k_ids = segment_ids
+        if lengths is not None:  # what lies behind a length is padding
+            k_ids = q_ids if k_ids is None else k_ids
+            q_ids = jnp.where(jnp.arange(sq) < lengths[:, :1], q_ids, 0)
+            k_ids = jnp.where(jnp.arange(sk) < lengths[:, 1:], k_ids, 0)
+        limits = _mask.segment_intervals(q_ids, k_ids, left, right)
+    if mask is not None:
+        limits = _mask.intersect(limits, (mask.lo, mask.hi))
+    lo, hi = (jnp.broadcast_to(x, (b, sq)) for x in limits)
+    return lo, hi
+
+
+def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
+    """Ranks, shapes and dtypes of query, key and value."""
+    named = {"query": query, "key": key, "value": value}
+    query, key, value = arrays = [_as_array(x, name) for name, x in named.items()]
+    for name, x in zip(named, arrays):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, sequence, heads, head_dim], "
+                f"got shape {x.shape}."
+            )
+    dtypes = [str(x.dtype) for x in arrays]
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        raise TypeError(
+            "query, key and value must share one dtype of "
+            f"{', '.join(DTYPES)}; got {', '.join(dtypes)}."
+        )
+    b, _, hq, d = query.shape
+    _, sk, hk, _ = key.shape
+    if key.shape != (b, sk, hk, d) or value.shape[:3] != (b, sk, hk):
+        raise ValueError(
+            "key must be [b, sk, hk, d] and value [b, sk, hk, dv] with query [b, sq, hq, d]; "
+            f"got query {query.shape}, key {key.shape}, value {value.shape}."
+        )
+    if (hk == 0 and hq != 0) or (hk != 0 and hq % hk != 0):
+        raise ValueError(
+            "the number of key heads must divide the number of query heads, "
+            f"got {hq} query heads and {hk} key heads."
+        )
+    for name, width in (("head_dim of query and key", d), ("head_dim of value", value.shape[3])):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {width}.")
+    return query, key, value
+
+
+def _as_array(x: Any, name: str) -> Array:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    return jnp.asarray(x)
+
+
+def check_window(window: Any) -> tuple[int | None, int | None]:
+    """(left, right) with None for an unbounded side."""
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(
+            "window must be None or a pair (left, right) of how many earlier and later keys a row "
+            f"sees, None for all; got {window!r}."
+        )
+    return _check_side("left", window[0]), _check_side("right", window[1])
+
+
+def _check_side(name: str, side: Any) -> int | None:
+    if side is None:
+        return None
+    try:
+        value = operator.index(side)
+    except TypeError:
+        raise TypeError(f"window {name} must be a Python int or None, got {side!r}.") from None
+    if isinstance(side, bool) or value < 0:
+        raise ValueError(f"window {name} must be 0 or more, or None for unbounded; got {side!r}.")
+    return value
+
+
+def check_scale(scale: Any, d: int) -> float:
+    """The factor on scores: 1/sqrt(d) unless given."""
+    if scale is None:
+        return 1.0 / math.sqrt(d)
+    if isinstance(scale, jax.core.Tracer) or not isinstance(
+        scale, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise TypeError(
+            f"scale must be a number known at trace time, got {scale!r}; multiply the query "
+            "for a traced one."
+        )
+    value = float(scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}.")
+    return value
+
+
+def check_int32(x: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """An int32 array of exactly this shape."""
+    if isinstance(x, (list, tuple)):
+        x = np.asarray(x)
+    if isinstance(x, np.ndarray) and x.dtype == np.int64:  # numpy's default integer
+        if x.size and (x.min() < -(2**31) or x.max() >= 2**31):
+            raise ValueError(f"{name} must fit int32, got values {x.min()} to {x.max()}.")
+        x = x.astype(np.int32)
+    x = _as_array(x, name)
+    if x.dtype != jnp.int32:
+        raise TypeError(f"{name} must have dtype int32, got {x.dtype}.")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {x.shape}.")
+    return x
+
+
+def check_lengths(lengths: Any, b: int) -> Array | None:
+    """[b] for both sides or a (query, key) pair of them, as int32 [b, 2]."""
+    if lengths is None:
+        return None
+    pair = lengths if isinstance(lengths, tuple) else (lengths, lengths)
+    if len(pair) != 2:
+        raise ValueError(f"lengths must be an array or a (query, key) pair, got {len(pair)} items.")
+    names = ("query lengths", "key lengths") if isinstance(lengths, tuple) else ("lengths",) * 2
+    return jnp.stack([check_int32(x, name, (b,)) for x, name in zip(pair, names)], axis=1)
+
+
+def check_segment_ids(ids: Any, b: int, sq: int, sk: int) -> tuple[Array, Array | None] | None:
+    """(query ids, key ids); key ids None means the query's."""
+    if ids is None:
+        return None
+    if isinstance(ids, tuple):
+        if len(ids) != 2:
+            raise ValueError(
+                f"segment_ids must be an array or a (query, key) pair, got {len(ids)} items."
+            )
+        return (
+            check_int32(ids[0], "query segment_ids", (b, sq)),
+            check_int32(ids[1], "key segment_ids", (b, sk)),
+        )
+    if sq != sk:
+        raise ValueError(
+            "segment_ids must be a (query, key) pair when the sequence lengths differ, "
+            f"got one array for {sq} queries and {sk} keys."
+        )
+    return check_int32(ids, "segment_ids", (b, sq)), None
+
+
+def check_mask(mask: Any, b: int, sq: int) -> IntervalMask | None:
+    """An IntervalMask of [b or 1, sq]."""
+    if mask is None:
+        return None
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(
+            f"mask must be an IntervalMask, got {type(mask).__name__}; boolean masks are taken by "
+            "jax_flashattn.flax.attention_fn."
+        )
+    shape = jnp.shape(mask.lo)
+    if len(shape) != 2 or shape[0] not in (1, b) or shape[1] != sq:
+        raise ValueError(f"mask.lo must have shape ({b} or 1, {sq}), got {shape}.")
+    return IntervalMask(
+        check_int32(mask.lo, "mask.lo", shape), check_int32(mask.hi, "mask.hi", shape)
+    )
+
+
+def check_implementation(implementation: Any) -> None:
+    """One of IMPLEMENTATIONS."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}."
+        )
+
+
+def check_not_yet(softcap, alibi_slopes, bias, sinks, dropout_rate, dropout_key, differentiation):
+    """Arguments whose kernels do not exist yet are refused by name, never ignored."""
+    if isinstance(dropout_rate, jax.core.Tracer) or not isinstance(
+        dropout_rate, (int, float, np.number)
+    ):
+        raise TypeError(f"dropout_rate must be a Python number, got {dropout_rate!r}.")
+    if not 0.0 <= dropout_rate <= 1.0:
+        raise ValueError(f"dropout_rate must be between 0 and 1, got {dropout_rate}.")
+    if dropout_rate > 0 and dropout_key is None:
+        raise ValueError(f"dropout_rate {dropout_rate} needs a dropout_key (a jax.random key).")
+    if differentiation not in ("reverse", "forward"):
+        raise ValueError(
+            f"differentiation must be 'reverse' or 'forward', got {differentiation!r}."
+        )
+    given = {
+        "softcap": softcap is not None,
+        "alibi_slopes": alibi_slopes is not None,
+        "bias": bias is not None,
+        "sinks": sinks is not None,
+        "dropout_rate": dropout_rate > 0,
+        "differentiation='forward'": differentiation == "forward",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise NotImplementedError(f"flash_attention does not support {name} yet.")
