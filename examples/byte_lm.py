@@ -132,20 +132,25 @@ class LanguageModel(nnx.Module):
     """A decoder whose layers alternate between a sliding window and full attention."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.dtype = config.dtype
-        init = nnx.initializers.normal(1 / math.sqrt(config.width))
-        self.embed = nnx.Embed(VOCABULARY, config.width, embedding_init=init, rngs=rngs)
+        init = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(
+            VOCABULARY, config.width, dtype=config.dtype, embedding_init=init, rngs=rngs
+        )
         windows = [None if n % 2 else config.window for n in range(config.layers)]
         self.blocks = nnx.List([Block(config, window, rngs) for window in windows])
         self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
+        # Zeros: the first loss is exactly 8 bits per byte. Logits are float32 in every dtype.
+        zeros = nnx.initializers.zeros
+        self.head = nnx.Linear(
+            config.width, VOCABULARY, use_bias=False, kernel_init=zeros, dtype="float32", rngs=rngs
+        )
 
     def __call__(self, tokens, segment_ids, positions, *, implementation: str):
         """tokens, segment_ids, positions: int32 [b, s]. Returns float32 logits [b, s, 256]."""
-        table = self.embed.embedding[...].astype(self.dtype)  # also makes the logits
-        x = table[tokens] * math.sqrt(table.shape[1])
+        x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, segment_ids, positions, implementation=implementation)
-        return jnp.einsum("bsd,vd->bsv", self.norm(x), table, preferred_element_type=jnp.float32)
+        return self.head(self.norm(x))
 
 
 def build_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:

@@ -9,6 +9,7 @@ from jax._src.custom_partitioning_sharding_rule import (
     sdy_sharding_rule_to_mlir,
     str_to_sdy_sharding_rule,
 )
+from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
@@ -60,6 +61,14 @@ def match_cotangent(cotangent: Array, primal: Array) -> Array:
     """Sums a cotangent over manual axes that its primal does not vary on."""
     axes = tuple(_varying(cotangent) - _varying(primal))
     return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def may_be_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA may split the operation over devices: more than one, not all axes manual."""
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, SPMDAxisContext):
+        return frozenset(axes.mesh.axis_names) != axes.manual_axes
+    return isinstance(axes, ShardingContext) and axes.num_devices != 1
 
 
 def sharding_rule(rule: str, replicated: tuple[str, ...], operand_types, result_types):

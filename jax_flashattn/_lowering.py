@@ -1,23 +1,17 @@
-"""Lowering of the primitives to FFI custom calls: layouts, attributes, scratch, sharding rule.
+"""Lowering of the primitives to FFI custom calls: attributes, scratch, and two forms of one call.
 
-No GPU is queried here, so a program for CUDA can be lowered and exported anywhere.
+On one device, or inside a fully manual shard_map, the call takes the user's arrays as they are.
+Where XLA may partition it, it takes the logical form of _partition.py. The bytes are the same, and
+csrc/ffi/decode.cc tells the forms apart by rank. No GPU is queried here, so a program for CUDA can
+be lowered and exported anywhere.
 """
 
 import jax
 from jax import ShapeDtypeStruct
 
-from jax_flashattn import _compat, _native
+from jax_flashattn import _compat, _native, _partition
 from jax_flashattn._compat import mlir
 from jax_flashattn._primitives import flash_backward_p, flash_forward_p, statistics_dtype
-
-# Minor-to-major layouts that keep memory b, s, h, d under the logical shapes of _primitives.py.
-_ROWS = (4, 2, 1, 3, 0)  # [b, g, r, s, d]
-_KEYS = (3, 1, 2, 0)  # [b, g, s, d]
-_STATISTICS = (3, 2, 1, 0)  # [b, g, r, s]
-_MASK = (2, 1, 0)  # [b, 1, n]
-
-_INPUTS = (_ROWS, _KEYS, _KEYS, _MASK, _MASK, _MASK)
-_INPUT_RULE = "b g r s d, b g t d, b g t e, b h m, b h l, b h n"
 
 _CUDA_DTYPES = ("bfloat16", "float16")
 
@@ -27,11 +21,12 @@ def _backward_scratch(query, key, value) -> ShapeDtypeStruct:
 
     The number of shares depends on sizes only, so results do not depend on the number of threads.
     """
-    b, g, r, sq, d = query.shape
+    b, sq, hq, d = query.shape
+    _, sk, g, _ = key.shape
     wanted_tasks, most_shares, rows_per_share = 32, 8, 1024
-    shares = min(r * sq // rows_per_share, -(-wanted_tasks // max(b * g, 1)), most_shares)
-    width = sum(-(-n // 16) * 16 for n in (d, value.shape[-1]))  # rows of whole vectors
-    sk = key.shape[2]
+    rows = sq * hq // max(g, 1)
+    shares = min(rows // rows_per_share, -(-wanted_tasks // max(b * g, 1)), most_shares)
+    width = sum(-(-n // 16) * 16 for n in (d, value.shape[3]))  # rows of whole vectors
     return ShapeDtypeStruct(
         (b, g, max(shares, 1), sk + sk % 2, width), statistics_dtype(query.dtype)
     )
@@ -45,59 +40,82 @@ def _check_cuda(query) -> None:
         )
 
 
-def _lower(target: str, ctx, operands, spec, layouts, scratch, rule: str, result_layouts):
+def _aval(x) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray(x.shape, x.dtype)
+
+
+def _call(target: str, ctx, operands, spec, scratch, **extra):
     """One custom call; scratch buffers are extra results, dropped here."""
-    scratch_layouts = [tuple(reversed(range(len(s.shape)))) for s in scratch]
-    scratch_avals = [jax.core.ShapedArray(s.shape, s.dtype) for s in scratch]
-    call_ctx = ctx.replace(avals_out=[*ctx.avals_out, *scratch_avals])
-    types = [
-        [mlir.aval_to_ir_type(ctx.module_context, aval) for aval in avals]
-        for avals in (ctx.avals_in, call_ctx.avals_out)
-    ]
-    extra = "".join(", b g w x y" for _ in scratch)
-    replicated = tuple(f for f in "r s d t e h m l n w x y".split() if f in (rule + extra).split())
-    call = jax.ffi.ffi_lowering(
-        target,
-        operand_layouts=layouts,
-        result_layouts=[*result_layouts, *scratch_layouts],
-        extra_attributes={
-            "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": "2"}),
-            "sdy.sharding_rule": _compat.sharding_rule(rule + extra, replicated, *types),
-        },
-    )
-    results = call(call_ctx, *operands, **spec.attributes())
+    call_ctx = ctx.replace(avals_out=[*ctx.avals_out, *map(_aval, scratch)])
+    results = jax.ffi.ffi_lowering(target, **extra)(call_ctx, *operands, **spec.attributes())
     return results[: len(ctx.avals_out)]
 
 
-def _forward_rule(platform: str):
-    def lower(ctx, *operands, spec):
-        _native.require(platform)
-        if platform == "CUDA":
-            _check_cuda(ctx.avals_in[0])
-        rule = f"{_INPUT_RULE} -> b g r s e, b g r s"
-        return _lower(
-            _native.FORWARD, ctx, operands, spec, _INPUTS, [], rule, [_ROWS, _STATISTICS]
-        )
+def _partitionable_call(target: str, ctx, operands, spec, scratch, names):
+    """The same call in logical form, with the attributes XLA partitions it by."""
+    operand_names, result_names = names
+    g = ctx.avals_in[1].shape[2]
 
-    return lower
+    def logical(*xs):
+        return [_partition.to_logical(n, x, g) for n, x in zip(operand_names, xs)]
+
+    def user(*xs):
+        return [_partition.from_logical(n, x) for n, x in zip(result_names, xs)]
+
+    def lower(fun, avals_in, avals_out, values):
+        sub_ctx = ctx.replace(avals_in=avals_in, avals_out=avals_out)
+        return mlir.lower_fun(fun, multiple_results=True)(sub_ctx, *values)
+
+    avals_in = [_aval(x) for x in jax.eval_shape(logical, *map(_aval, ctx.avals_in))]
+    avals_out = [
+        _aval(jax.eval_shape(lambda x, n=n: _partition.to_logical(n, x, g), _aval(x)))
+        for n, x in zip(result_names, ctx.avals_out)
+    ]
+    with_scratch = (*result_names, *(["scratch"] * len(scratch)))
+    rule = _partition.rule(operand_names, with_scratch)
+    types = [
+        [mlir.aval_to_ir_type(ctx.module_context, a) for a in avals]
+        for avals in (avals_in, [*avals_out, *map(_aval, scratch)])
+    ]
+    values = lower(logical, ctx.avals_in, avals_in, operands)
+    results = _call(
+        target,
+        ctx.replace(avals_in=avals_in, avals_out=avals_out),
+        values,
+        spec,
+        scratch,
+        operand_layouts=_partition.layouts(operand_names),
+        result_layouts=_partition.layouts(with_scratch),
+        extra_attributes={
+            "mhlo.frontend_attributes": mlir.ir_attribute({"num_batch_dims": "2"}),
+            "sdy.sharding_rule": _compat.sharding_rule(
+                rule, _partition.replicated_factors(rule), *types
+            ),
+        },
+    )
+    return lower(user, avals_out, ctx.avals_out, results)
 
 
-def _backward_rule(platform: str):
-    def lower(ctx, *operands, spec):
-        _native.require(platform)
-        query, key, value = ctx.avals_in[:3]
-        if platform == "CUDA":
-            _check_cuda(query)
-        scratch = [_backward_scratch(query, key, value)] if platform == "cpu" else []
-        rule = f"{_INPUT_RULE}, b g r s e, b g r s, b g r s -> b g r s d, b g t d, b g t e"
-        layouts = [*_INPUTS, _ROWS, _STATISTICS, _STATISTICS]
-        return _lower(
-            _native.BACKWARD, ctx, operands, spec, layouts, scratch, rule, [_ROWS, _KEYS, _KEYS]
-        )
-
-    return lower
+def _lower(platform: str, target: str, names, ctx, *operands, spec):
+    _native.require(platform)
+    query, key, value = ctx.avals_in[:3]
+    if platform == "CUDA":
+        _check_cuda(query)
+    needs_scratch = platform == "cpu" and target == _native.BACKWARD
+    scratch = [_backward_scratch(query, key, value)] if needs_scratch else []
+    if _compat.may_be_partitioned(ctx):
+        return _partitionable_call(target, ctx, operands, spec, scratch, names)
+    return _call(target, ctx, operands, spec, scratch)
 
 
-for _platform, _target_platform in (("cpu", "cpu"), ("cuda", "CUDA")):
-    mlir.register_lowering(flash_forward_p, _forward_rule(_target_platform), platform=_platform)
-    mlir.register_lowering(flash_backward_p, _backward_rule(_target_platform), platform=_platform)
+def _register(primitive, target: str, names) -> None:
+    for jax_platform, platform in (("cpu", "cpu"), ("cuda", "CUDA")):
+
+        def rule(ctx, *operands, spec, platform=platform):
+            return _lower(platform, target, names, ctx, *operands, spec=spec)
+
+        mlir.register_lowering(primitive, rule, platform=jax_platform)
+
+
+_register(flash_forward_p, _native.FORWARD, _partition.FORWARD)
+_register(flash_backward_p, _native.BACKWARD, _partition.BACKWARD)

@@ -1,12 +1,11 @@
-"""The two primitives, and the bridge from the user's layout to theirs.
+"""The two primitives, in the user's layout.
 
-Primitives see logical operands whose leading dims (b, g) every operand shares, which is what lets
-XLA partition and batch them without a copy; memory stays b, s, h, d (jax_flashattn/_lowering.py):
+  flash_forward   query, key, value, lengths, lo, hi                     -> out, lse
+  flash_backward  query, key, value, lengths, lo, hi, dout, lse, delta   -> dq, dk, dv
 
-  query, out, their gradients   [b, g, r, sq, d or dv]   g key heads, r query heads per key head
-  key, value, their gradients   [b, g, sk, d or dv]
-  lse, delta                    [b, g, r, sq]
-  lengths [b, 1, 2], lo and hi [b, 1, sq], all int32; an absent one has last dimension 0
+query, out, dout, dq [b, sq, hq, d or dv]; key, value, dk, dv [b, sk, hk, d or dv]; lse, delta
+[b, hq, sq]; lengths int32 [b, 2], lo and hi int32 [b, sq]. An absent lengths, lo or hi has last
+dimension 0, so that every operand starts with the batch and the call has one signature.
 """
 
 import jax.numpy as jnp
@@ -29,64 +28,37 @@ def statistics_dtype(dtype) -> jnp.dtype:
 def _forward_abstract(*operands, spec):
     del spec
     query, _, value = operands[:3]
-    *rows, _ = query.shape
-    return _compat.result_avals(
-        "flash_forward",
-        operands,
-        [((*rows, value.shape[-1]), query.dtype), (tuple(rows), statistics_dtype(query.dtype))],
-    )
+    b, sq, hq, _ = query.shape
+    results = [
+        ((b, sq, hq, value.shape[3]), query.dtype),
+        ((b, hq, sq), statistics_dtype(query.dtype)),
+    ]
+    return _compat.result_avals("flash_forward", operands, results)
 
 
 @flash_backward_p.def_abstract_eval
 def _backward_abstract(*operands, spec):
     del spec
-    return _compat.result_avals(
-        "flash_backward", operands, [(x.shape, x.dtype) for x in operands[:3]]
-    )
+    results = [(x.shape, x.dtype) for x in operands[:3]]
+    return _compat.result_avals("flash_backward", operands, results)
 
 
-def _split_heads(x: Array, g: int) -> Array:
-    """[b, s, h, d] to [b, g, r, s, d]."""
-    b, s, h, d = x.shape
-    return x.reshape(b, s, g, h // max(g, 1), d).transpose(0, 2, 3, 1, 4)
-
-
-def _join_heads(x: Array) -> Array:
-    """[b, g, r, s, d] to [b, s, h, d]."""
-    b, g, r, s, d = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(b, s, g * r, d)
-
-
-def _logical(operands: Operands) -> list[Array]:
-    b, _, g, _ = operands.key.shape
-    absent = jnp.zeros((b, 1, 0), jnp.int32)
-    mask = [
-        absent if x is None else x[:, None]
-        for x in (operands.lengths, operands.lo, operands.hi)
-    ]
-    return [
-        _split_heads(operands.query, g),
-        operands.key.transpose(0, 2, 1, 3),
-        operands.value.transpose(0, 2, 1, 3),
-        *mask,
-    ]
+def _inputs(operands: Operands) -> list[Array]:
+    absent = jnp.zeros((operands.query.shape[0], 0), jnp.int32)
+    return [absent if x is None else x for x in operands]
 
 
 def flash_forward(operands: Operands, spec: AttentionSpec) -> tuple[Array, Array]:
     """Output [b, sq, hq, dv] and lse [b, hq, sq]."""
-    b, sq, hq, _ = operands.query.shape
-    inputs = _compat.match_varying(_logical(operands))
+    inputs = _compat.match_varying(_inputs(operands))
     out, lse = flash_forward_p.bind(*inputs, spec=spec)
-    return _join_heads(out), lse.reshape(b, hq, sq)
+    return out, lse
 
 
 def flash_backward(
     operands: Operands, dout: Array, lse: Array, delta: Array, spec: AttentionSpec
 ) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value from lse and delta [b, hq, sq] and dout [b, sq, hq, dv]."""
-    b, sq, hq, _ = operands.query.shape
-    g = operands.key.shape[2]
-    rows = (b, g, hq // max(g, 1), sq)
-    inputs = [*_logical(operands), _split_heads(dout, g), lse.reshape(rows), delta.reshape(rows)]
-    dq, dk, dv = flash_backward_p.bind(*_compat.match_varying(inputs), spec=spec)
-    return _join_heads(dq), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    """Gradients of query, key and value from the rows' lse and delta."""
+    inputs = _compat.match_varying([*_inputs(operands), dout, lse, delta])
+    dq, dk, dv = flash_backward_p.bind(*inputs, spec=spec)
+    return dq, dk, dv

@@ -110,14 +110,14 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
                            .Attr<int64_t>("left")
                            .Attr<int64_t>("right")
                            .Attr<bool>("deterministic")
-                           .Arg<AnyBuffer>()    // query [b, g, r, sq, d]
-                           .Arg<AnyBuffer>()    // key [b, g, sk, d]
-                           .Arg<AnyBuffer>()    // value [b, g, sk, dv]
-                           .Arg<AnyBuffer>()    // lengths [b, 1 or g, 2 or 0]
-                           .Arg<AnyBuffer>()    // lo [b, 1 or g, sq or 0]
-                           .Arg<AnyBuffer>()    // hi [b, 1 or g, sq or 0]
-                           .Ret<AnyBuffer>()    // out [b, g, r, sq, dv]
-                           .Ret<AnyBuffer>());  // lse [b, g, r, sq]
+                           .Arg<AnyBuffer>()    // query
+                           .Arg<AnyBuffer>()    // key
+                           .Arg<AnyBuffer>()    // value
+                           .Arg<AnyBuffer>()    // lengths
+                           .Arg<AnyBuffer>()    // lo
+                           .Arg<AnyBuffer>()    // hi
+                           .Ret<AnyBuffer>()    // out
+                           .Ret<AnyBuffer>());  // lse
 
 XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                        ffi::Ffi::Bind()
@@ -132,9 +132,9 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                            .Arg<AnyBuffer>()    // lengths
                            .Arg<AnyBuffer>()    // lo
                            .Arg<AnyBuffer>()    // hi
-                           .Arg<AnyBuffer>()    // dout [b, g, r, sq, dv]
-                           .Arg<AnyBuffer>()    // lse [b, g, r, sq]
-                           .Arg<AnyBuffer>()    // delta [b, g, r, sq]
+                           .Arg<AnyBuffer>()    // dout
+                           .Arg<AnyBuffer>()    // lse
+                           .Arg<AnyBuffer>()    // delta
                            .Ret<AnyBuffer>()    // dq
                            .Ret<AnyBuffer>()    // dk
                            .Ret<AnyBuffer>()    // dv

@@ -1,5 +1,6 @@
 #include "ffi/decode.h"
 
+#include <algorithm>
 #include <sstream>
 
 namespace jax_flashattn {
@@ -43,36 +44,65 @@ bool to_dtype(ffi::DataType type, DType* out) {
   }
 }
 
-// An optional int32 operand [b, 1 or g, width or 0]: null when its last dimension is 0.
-ffi::Error optional_rows(const char* name, ffi::AnyBuffer buffer, const Sizes& n, int64_t width,
+using Dims = std::vector<int64_t>;
+
+// The two forms of a call (jax_flashattn/_partition.py): the user's shapes, or logical shapes that
+// start with (b, g). The bytes are the same.
+struct Form {
+  Sizes n;
+  bool logical;
+  Dims rows(int64_t width) const {
+    return logical ? Dims{n.b, n.g, n.r, n.sq, width} : Dims{n.b, n.sq, n.g * n.r, width};
+  }
+  Dims keys(int64_t width) const {
+    return logical ? Dims{n.b, n.g, n.sk, width} : Dims{n.b, n.sk, n.g, width};
+  }
+  Dims statistic() const {
+    return logical ? Dims{n.b, n.g, n.r, n.sq} : Dims{n.b, n.g * n.r, n.sq};
+  }
+  Dims mask(int64_t width) const { return logical ? Dims{n.b, n.g, width} : Dims{n.b, width}; }
+};
+
+// An optional int32 operand of the given width: null when its last dimension is 0.
+ffi::Error optional_mask(const char* name, ffi::AnyBuffer buffer, const Form& form, int64_t width,
                          const int32_t** data, int64_t* pitch) {
   const auto dims = buffer.dimensions();
-  const bool ok = dims.size() == 3 && dims[0] == n.b && (dims[1] == 1 || dims[1] == n.g) &&
-                  (dims[2] == width || dims[2] == 0) &&
-                  buffer.element_type() == ffi::DataType::S32;
-  if (!ok)
-    return invalid(std::string(name) + " has shape " + shape_text(dims) + ", expected int32 " +
-                   shape_text(std::initializer_list<int64_t>{n.b, 1, width}) +
-                   " or an empty last dimension");
-  const bool given = dims[2] == width && width > 0;
-  *data = given ? buffer.typed_data<int32_t>() : nullptr;
-  if (given) *pitch = dims[1] * width;
+  if (!(dims.size() > 0 && dims[dims.size() - 1] == 0)) {
+    if (auto e = expect(name, buffer, form.mask(width), ffi::DataType::S32); e.failure()) return e;
+    *data = buffer.typed_data<int32_t>();
+    *pitch = form.logical ? form.n.g * width : width;  // every head of a batch holds the same
+  }
   return ffi::Error::Success();
 }
 
-template <class Params>
-ffi::Error decode_inputs(const CallInputs& in, Params* p) {
+// Sizes from the shapes of query, key and value; false unless they fit one form.
+bool read_form(const CallInputs& in, Form* form) {
   const auto q = in.q.dimensions(), k = in.k.dimensions(), v = in.v.dimensions();
-  if (q.size() != 5 || k.size() != 4 || v.size() != 4)
-    return invalid("query, key and value have shapes " + shape_text(q) + ", " + shape_text(k) +
-                   ", " + shape_text(v) + ", expected ranks 5, 4 and 4");
-  p->n = Sizes{q[0], q[1], q[2], q[3], k[2], q[4], v[3]};
+  if ((q.size() != 4 && q.size() != 5) || k.size() != 4 || v.size() != 4) return false;
+  form->logical = q.size() == 5;
+  if (form->logical) {
+    form->n = Sizes{q[0], q[1], q[2], q[3], k[2], q[4], v[3]};
+  } else {
+    const int64_t heads = k[2];
+    if (heads > 0 ? q[2] % heads != 0 : q[2] != 0) return false;
+    form->n = Sizes{q[0], heads, heads > 0 ? q[2] / heads : 0, q[1], k[1], q[3], v[3]};
+  }
+  return true;
+}
+
+template <class Params>
+ffi::Error decode_inputs(const CallInputs& in, Params* p, Form* form) {
+  if (!read_form(in, form))
+    return invalid("query, key and value have shapes " + shape_text(in.q.dimensions()) + ", " +
+                   shape_text(in.k.dimensions()) + ", " + shape_text(in.v.dimensions()) +
+                   ", expected [b, sq, hq, d], [b, sk, hk, d], [b, sk, hk, dv] with hk dividing hq");
+  p->n = form->n;
   const Sizes& n = p->n;
   if (!to_dtype(in.q.element_type(), &p->dtype))
     return invalid("query must be float16, bfloat16, float32 or float64");
   const auto type = in.q.element_type();
-  if (auto e = expect("key", in.k, {n.b, n.g, n.sk, n.d}, type); e.failure()) return e;
-  if (auto e = expect("value", in.v, {n.b, n.g, n.sk, n.dv}, type); e.failure()) return e;
+  if (auto e = expect("key", in.k, form->keys(n.d), type); e.failure()) return e;
+  if (auto e = expect("value", in.v, form->keys(n.dv), type); e.failure()) return e;
   if (n.d < 1 || n.d > kMaxHeadDim || n.dv < 1 || n.dv > kMaxHeadDim)
     return invalid("head dims " + std::to_string(n.d) + " and " + std::to_string(n.dv) +
                    " must be 1 to " + std::to_string(kMaxHeadDim));
@@ -81,13 +111,14 @@ ffi::Error decode_inputs(const CallInputs& in, Params* p) {
                    std::to_string(n.sk));
   p->mask = MaskSource{in.left, in.right, nullptr, nullptr, nullptr, 0, 0};
   MaskSource& m = p->mask;
-  if (auto e = optional_rows("lengths", in.lengths, n, 2, &m.lengths, &m.lengths_pitch);
+  if (auto e = optional_mask("lengths", in.lengths, *form, 2, &m.lengths, &m.lengths_pitch);
       e.failure())
     return e;
-  if (auto e = optional_rows("lo", in.lo, n, n.sq, &m.lo, &m.limits_pitch); e.failure()) return e;
-  if (auto e = optional_rows("hi", in.hi, n, n.sq, &m.hi, &m.limits_pitch); e.failure()) return e;
-  if ((m.lo == nullptr) != (m.hi == nullptr))
-    return invalid("lo and hi must be given together");
+  if (auto e = optional_mask("lo", in.lo, *form, n.sq, &m.lo, &m.limits_pitch); e.failure())
+    return e;
+  if (auto e = optional_mask("hi", in.hi, *form, n.sq, &m.hi, &m.limits_pitch); e.failure())
+    return e;
+  if ((m.lo == nullptr) != (m.hi == nullptr)) return invalid("lo and hi must be given together");
   p->scale = in.scale;
   p->q = in.q.untyped_data();
   p->k = in.k.untyped_data();
@@ -97,14 +128,13 @@ ffi::Error decode_inputs(const CallInputs& in, Params* p) {
 
 }  // namespace
 
-ffi::Error expect(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> dims,
+ffi::Error expect(const char* name, ffi::AnyBuffer buffer, const std::vector<int64_t>& dims,
                   ffi::DataType dtype) {
   const auto have = buffer.dimensions();
-  bool same = have.size() == dims.size() && buffer.element_type() == dtype;
-  size_t axis = 0;
-  for (int64_t d : dims) same = same && have[axis++] == d;
-  if (same) return ffi::Error::Success();
-  return invalid(std::string(name) + " has shape " + shape_text(have) + " and type " +
+  if (have.size() == dims.size() && std::equal(dims.begin(), dims.end(), have.begin()) &&
+      buffer.element_type() == dtype)
+    return ffi::Error::Success();
+  return invalid(std::string(name) + " has shape " + shape_text(have) + " and XLA type " +
                  std::to_string(static_cast<int>(buffer.element_type())) + ", expected " +
                  shape_text(dims) + " and type " + std::to_string(static_cast<int>(dtype)));
 }
@@ -115,11 +145,10 @@ ffi::DataType statistics_type(DType dtype) {
 
 ffi::Error decode_forward(const CallInputs& in, ffi::AnyBuffer out, ffi::AnyBuffer lse,
                           ForwardParams* p) {
-  if (auto e = decode_inputs(in, p); e.failure()) return e;
-  const Sizes& n = p->n;
-  if (auto e = expect("out", out, {n.b, n.g, n.r, n.sq, n.dv}, in.q.element_type()); e.failure())
-    return e;
-  if (auto e = expect("lse", lse, {n.b, n.g, n.r, n.sq}, statistics_type(p->dtype)); e.failure())
+  Form form;
+  if (auto e = decode_inputs(in, p, &form); e.failure()) return e;
+  if (auto e = expect("out", out, form.rows(p->n.dv), in.q.element_type()); e.failure()) return e;
+  if (auto e = expect("lse", lse, form.statistic(), statistics_type(p->dtype)); e.failure())
     return e;
   p->out = out.untyped_data();
   p->lse = lse.untyped_data();
@@ -128,17 +157,16 @@ ffi::Error decode_forward(const CallInputs& in, ffi::AnyBuffer out, ffi::AnyBuff
 
 ffi::Error decode_backward(const CallInputs& in, const BackwardBuffersIn& given,
                            const BackwardBuffersOut& out, BackwardParams* p) {
-  if (auto e = decode_inputs(in, p); e.failure()) return e;
+  Form form;
+  if (auto e = decode_inputs(in, p, &form); e.failure()) return e;
   const Sizes& n = p->n;
   const auto type = in.q.element_type(), statistics = statistics_type(p->dtype);
-  if (auto e = expect("dout", given.dout, {n.b, n.g, n.r, n.sq, n.dv}, type); e.failure())
-    return e;
-  if (auto e = expect("lse", given.lse, {n.b, n.g, n.r, n.sq}, statistics); e.failure()) return e;
-  if (auto e = expect("delta", given.delta, {n.b, n.g, n.r, n.sq}, statistics); e.failure())
-    return e;
-  if (auto e = expect("dq", out.dq, {n.b, n.g, n.r, n.sq, n.d}, type); e.failure()) return e;
-  if (auto e = expect("dk", out.dk, {n.b, n.g, n.sk, n.d}, type); e.failure()) return e;
-  if (auto e = expect("dv", out.dv, {n.b, n.g, n.sk, n.dv}, type); e.failure()) return e;
+  if (auto e = expect("dout", given.dout, form.rows(n.dv), type); e.failure()) return e;
+  if (auto e = expect("lse", given.lse, form.statistic(), statistics); e.failure()) return e;
+  if (auto e = expect("delta", given.delta, form.statistic(), statistics); e.failure()) return e;
+  if (auto e = expect("dq", out.dq, form.rows(n.d), type); e.failure()) return e;
+  if (auto e = expect("dk", out.dk, form.keys(n.d), type); e.failure()) return e;
+  if (auto e = expect("dv", out.dv, form.keys(n.dv), type); e.failure()) return e;
   p->dout = given.dout.untyped_data();
   p->lse = given.lse.untyped_data();
   p->delta = given.delta.untyped_data();

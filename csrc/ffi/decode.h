@@ -1,11 +1,10 @@
 // XLA FFI buffers and attributes to kernel parameters: the only reader of a call's layout.
 //
-// Operands come with leading batch dims (b, g), which XLA may partition; their bytes are laid out
-// b, s, g, r, d (see jax_flashattn/_lowering.py). Shapes are checked again here: a wrong one is an
-// error that names both shapes, never an access.
+// Shapes are checked again here: a wrong one is an error that names both shapes, never an access.
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "semantics/params.h"
 #include "xla/ffi/api/ffi.h"
@@ -33,7 +32,7 @@ xla::ffi::Error decode_backward(const CallInputs& in, const BackwardBuffersIn& g
 
 // Fails, naming both shapes, unless `buffer` has these dimensions and element type.
 xla::ffi::Error expect(const char* name, xla::ffi::AnyBuffer buffer,
-                       std::initializer_list<int64_t> dims, xla::ffi::DataType dtype);
+                       const std::vector<int64_t>& dims, xla::ffi::DataType dtype);
 
 // The type of lse, delta and accumulators.
 xla::ffi::DataType statistics_type(DType dtype);
