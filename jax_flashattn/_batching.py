@@ -9,15 +9,12 @@ from jax_flashattn._primitives import flash_backward_p, flash_forward_p
 
 
 def _batch(primitive, operands, dims, *, spec):
-    size = next(x.shape[d] for x, d in zip(operands, dims) if d is not batching.not_mapped)
-    b = next(
-        x.shape[0 if d is batching.not_mapped else (1 if d == 0 else 0)]
-        for x, d in zip(operands, dims)
-    )
+    size = next(x.shape[d] for x, d in zip(operands, dims) if d is not None)
+    b = next(x.shape[0 if d is None else (1 if d == 0 else 0)] for x, d in zip(operands, dims))
 
     def fold(x, dim):
         """The mapped axis behind b, then both in one."""
-        if dim is batching.not_mapped:
+        if dim is None:
             x = jnp.broadcast_to(x[:, None], (b, size, *x.shape[1:]))
         else:
             x = jnp.moveaxis(x, dim, 1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from jax import Array
 from jax._src import core, dispatch
+from jax._src.core import ShapedArray
 from jax._src.custom_partitioning_sharding_rule import (
     sdy_sharding_rule_to_mlir,
     str_to_sdy_sharding_rule,
@@ -15,7 +16,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Primitive", "batching", "mlir"]
+__all__ = ["Primitive", "ShapedArray", "batching", "mlir"]
 
 
 def make_primitive(name: str) -> Primitive:
@@ -37,7 +38,7 @@ def result_avals(
     core.standard_vma_rule(name, *operands)
     mesh = operands[0].sharding.mesh
     return tuple(
-        core.ShapedArray(
+        ShapedArray(
             shape,
             dtype,
             sharding=NamedSharding(mesh, P(*[None] * len(shape))),

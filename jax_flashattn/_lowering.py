@@ -40,8 +40,8 @@ def _check_cuda(query) -> None:
         )
 
 
-def _aval(x) -> jax.core.ShapedArray:
-    return jax.core.ShapedArray(x.shape, x.dtype)
+def _aval(x) -> _compat.ShapedArray:
+    return _compat.ShapedArray(x.shape, x.dtype)
 
 
 def _call(target: str, ctx, operands, spec, scratch, **extra):

@@ -27,7 +27,7 @@ _FORMS = {
     "hi": ("b g n", (2, 1, 0)),
     "scratch": ("b g w x y", (4, 3, 2, 1, 0)),
 }
-REPLICATED = tuple("r s d t e l m n w x y".split())
+REPLICATED = tuple("rsdtelmnwxy")
 
 FORWARD = (("query", "key", "value", "lengths", "lo", "hi"), ("out", "statistic"))
 BACKWARD = (

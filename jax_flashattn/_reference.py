@@ -15,7 +15,7 @@ from jax_flashattn._validate import Operands
 def visible_keys(operands: Operands, spec: AttentionSpec) -> Array:
     """The boolean matrix [b or 1, sq, sk] of who sees whom."""
     sq, sk = operands.query.shape[1], operands.key.shape[1]
-    if operands.lo is not None:
+    if operands.lo is not None and operands.hi is not None:
         return _mask.visible(operands.lo, operands.hi, sk)
     limits = _mask.arithmetic_intervals(sq, sk, spec.left, spec.right, operands.lengths)
     return _mask.visible(*limits, sk)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jax_flashattn import _mask
 from jax_flashattn._spec import AttentionSpec
@@ -158,7 +159,7 @@ def check_scale(scale: Any, d: int) -> float:
     """The factor on scores: 1/sqrt(d) unless given."""
     if scale is None:
         return 1.0 / math.sqrt(d)
-    if isinstance(scale, jax.core.Tracer) or not isinstance(
+    if isinstance(scale, Tracer) or not isinstance(
         scale, (int, float, np.number, np.ndarray, jax.Array)
     ):
         raise TypeError(
@@ -246,9 +247,7 @@ def check_implementation(implementation: Any) -> None:
 
 def check_not_yet(softcap, alibi_slopes, bias, sinks, dropout_rate, dropout_key, differentiation):
     """Arguments whose kernels do not exist yet are refused by name, never ignored."""
-    if isinstance(dropout_rate, jax.core.Tracer) or not isinstance(
-        dropout_rate, (int, float, np.number)
-    ):
+    if isinstance(dropout_rate, Tracer) or not isinstance(dropout_rate, (int, float, np.number)):
         raise TypeError(f"dropout_rate must be a Python number, got {dropout_rate!r}.")
     if not 0.0 <= dropout_rate <= 1.0:
         raise ValueError(f"dropout_rate must be between 0 and 1, got {dropout_rate}.")

@@ -36,7 +36,7 @@ def flash_attention(
     return_lse: bool = False,
     differentiation: Literal["reverse", "forward"] = "reverse",
     implementation: Literal["kernel", "reference"] | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:  # Array, or (Array, Array) with return_lse
     """Exact attention, softmax(scale * Q K^T) V, in O(S) memory.
 
     Everything that hides keys may be combined; a row that sees no key gives 0. The meaning of each

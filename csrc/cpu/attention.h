@@ -7,7 +7,8 @@
 
 namespace jax_flashattn::cpu {
 
-// Runs `body(context, index)` for every index in [0, count), in any order, on any number of threads.
+// Runs `body(context, index)` for every index in [0, count), in any order, on any number of
+// threads.
 class Executor {
  public:
   virtual void run(int64_t count, void (*body)(void*, int64_t), void* context) = 0;

@@ -118,8 +118,9 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, int v
 // The three gradient products over visible pairs only (S13): used when a partial tile meets a value
 // that is not finite, because a masked 0 times it would be NaN.
 template <class M>
-inline void add_visible_gradients(const BackwardBuffers<M>& t, const KeyGradients<typename M::Acc>& to,
-                                  const Rows& rows, const Sizes& n, int64_t j0, int64_t count) {
+inline void add_visible_gradients(const BackwardBuffers<M>& t,
+                                  const KeyGradients<typename M::Acc>& to, const Rows& rows,
+                                  const Sizes& n, int64_t j0, int64_t count) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const auto row_element = [&](const typename M::T* x, int64_t width, int l, int64_t e) {
@@ -211,8 +212,7 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     const int64_t count = min64(kTileKeys, min64(n.sk - j0, even(all.max_hi - j0)));
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
     pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    if constexpr (M::kDepth == 2)
-      pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
+    if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
       if (kind != TileClass::kSkip)
@@ -232,8 +232,7 @@ void backward_group(const BackwardParams& p, const RowMap& map,
 
 // Adds the tasks' shares in order, scales, and rounds: keys [j0, j1) of one head.
 template <class Acc, class Storage>
-void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0,
-                 int64_t j1) {
+void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int64_t j1) {
   const Sizes& n = p.n;
   const auto write = [&](int64_t j, int64_t at, int64_t width, Acc factor, Storage* to) {
     for (int64_t e = 0; e < width; ++e) {
@@ -287,8 +286,7 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
         const int64_t block = index % x.key_blocks, head = index / x.key_blocks;
-        finish_keys<Acc, Storage>(x.p, head / x.p.n.g, head % x.p.n.g,
-                                  block * kFinishKeys,
+        finish_keys<Acc, Storage>(x.p, head / x.p.n.g, head % x.p.n.g, block * kFinishKeys,
                                   min64(x.p.n.sk, (block + 1) * kFinishKeys));
       },
       &context);

@@ -7,10 +7,10 @@
 
 namespace jax_flashattn::cpu {
 
-#define FLASH_DECLARE(isa)                          \
-  namespace isa {                                   \
-  void forward(const ForwardParams&, Executor&);    \
-  void backward(const BackwardParams&, Executor&);  \
+#define FLASH_DECLARE(isa)                         \
+  namespace isa {                                  \
+  void forward(const ForwardParams&, Executor&);   \
+  void backward(const BackwardParams&, Executor&); \
   }
 FLASH_DECLARE(baseline)
 #if defined(__x86_64__)

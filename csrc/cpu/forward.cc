@@ -145,7 +145,8 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
     Storage* out = static_cast<Storage*>(p.out) + row_offset(rows, p.n, b, g, l, p.n.dv);
     for (int64_t x = 0; x < p.n.dv; ++x) round_to(t.out[x * kRows + l] * inverse, out + x);
     Acc& lse = static_cast<Acc*>(p.lse)[stat_offset(rows, p.n, b, g, l)];
-    lse = nothing ? -std::numeric_limits<Acc>::infinity() : t.max[l] * c * Acc(kLn2) + log_of(sum);  // S10
+    lse = nothing ? -std::numeric_limits<Acc>::infinity()
+                  : t.max[l] * c * Acc(kLn2) + log_of(sum);  // S10
   }
 }
 
@@ -208,8 +209,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
                                          t.correction);
     }
   }
-  for (int64_t x = 0; x < tiles; ++x)
-    write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
+  for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
 }
 
 template <class Storage>

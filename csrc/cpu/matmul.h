@@ -87,7 +87,8 @@ inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename
   int64_t n = 0;
   const auto step = [&](auto width) {
     panel<M, width.value, kTransposedA, kStart>(m_count, k, a, lda, b + n * L * M::kDepth, ldb,
-                                                c + n * L, ldc, rescale ? rescale + n * L : nullptr);
+                                                c + n * L, ldc,
+                                                rescale ? rescale + n * L : nullptr);
     n += width.value;
   };
   while (n_vectors - n >= kPanelVectors) step(Width<kPanelVectors>{});

@@ -167,8 +167,8 @@ inline void pack_key_pairs(const Storage* src, const Sizes& n, int64_t b, int64_
 
 // Query-side rows as columns: [width / depth][kRows][depth]; `flip` negates (S8 with scale < 0).
 template <class M, class Storage>
-inline void pack_columns(const Storage* src, const Rows& rows, const Sizes& n, int64_t b,
-                         int64_t g, int64_t width, bool flip, typename M::T* dst) {
+inline void pack_columns(const Storage* src, const Rows& rows, const Sizes& n, int64_t b, int64_t g,
+                         int64_t width, bool flip, typename M::T* dst) {
   using T = typename M::T;
   constexpr int D = M::kDepth;
   for (int l = 0; l < kRows; ++l) {

@@ -93,9 +93,10 @@ bool read_form(const CallInputs& in, Form* form) {
 template <class Params>
 ffi::Error decode_inputs(const CallInputs& in, Params* p, Form* form) {
   if (!read_form(in, form))
-    return invalid("query, key and value have shapes " + shape_text(in.q.dimensions()) + ", " +
-                   shape_text(in.k.dimensions()) + ", " + shape_text(in.v.dimensions()) +
-                   ", expected [b, sq, hq, d], [b, sk, hk, d], [b, sk, hk, dv] with hk dividing hq");
+    return invalid(
+        "query, key and value have shapes " + shape_text(in.q.dimensions()) + ", " +
+        shape_text(in.k.dimensions()) + ", " + shape_text(in.v.dimensions()) +
+        ", expected [b, sq, hq, d], [b, sk, hk, d], [b, sk, hk, dv] with hk dividing hq");
   p->n = form->n;
   const Sizes& n = p->n;
   if (!to_dtype(in.q.element_type(), &p->dtype))

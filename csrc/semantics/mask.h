@@ -1,4 +1,5 @@
-// Which keys a query row sees (docs/semantics.md S2, S3, S5, S11). Host and device, no dependencies.
+// Which keys a query row sees (docs/semantics.md S2, S3, S5, S11). Host and device, no
+// dependencies.
 //
 // Every mask is a row interval: row i sees the keys j with lo(i) <= j < hi(i). This header and
 // jax_flashattn/_mask.py are the only two places where that rule is written.
