@@ -11,7 +11,8 @@ namespace jax_flashattn::cpu {
 // threads.
 class Executor {
  public:
-  virtual void run(int64_t count, void (*body)(void*, int64_t), void* context) = 0;
+  // `work`: the whole loop in multiply-adds, to tell whether waking threads pays.
+  virtual void run(int64_t count, double work, void (*body)(void*, int64_t), void* context) = 0;
 
  protected:
   ~Executor() = default;
@@ -26,6 +27,11 @@ struct Kernels {
 
 // The best kernels this CPU runs; JAX_FLASHATTN_CPU_ISA=<name> asks for a lesser set by name.
 const Kernels& kernels();
+
+// Multiply-adds of the scores of every row and key; a pass is a few times that.
+inline double score_work(const Sizes& n) {
+  return static_cast<double>(n.b) * n.g * n.r * n.sq * n.sk * n.d;
+}
 
 // Rounds an accumulator row up to whole vectors of every instruction set.
 constexpr int64_t padded_dim(int64_t d) { return (d + 15) / 16 * 16; }

@@ -10,7 +10,6 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 96;
 constexpr int64_t kMostTiles = 4;
 
 template <class M>
@@ -107,8 +106,8 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, int v
       one(j, &p[0], &ds[0]);
       if (j + 1 < count) one(j + 1, &p[1], &ds[1]);
       for (int h = 0; h < 2; ++h) {
-        store_rounded(t.p + (j + h) * kRows + at, p[h]);
-        store_rounded(t.ds + (j + h) * kRows + at, ds[h]);
+        store_narrow(t.p + (j + h) * kRows + at, p[h]);
+        store_narrow(t.ds + (j + h) * kRows + at, ds[h]);
       }
       store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
     }
@@ -216,17 +215,15 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
       if (kind != TileClass::kSkip)
-        add_tile<M>(buffers.of_tile(x), to, rows[x], n, kind == TileClass::kPartial, j0, count,
-                    exponent_scale<Acc>(p.scale));
+        add_tile<M>(buffers.of_tile(x), to, rows[x], n, kind == TileClass::kPartial, j0,
+                    min64(count, even(rows[x].limits.max_hi - j0)), exponent_scale<Acc>(p.scale));
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
-    for (int l = 0; l < rows[x].count; ++l) {
-      if (rows[x].head[l] < 0) continue;
-      Storage* dq = static_cast<Storage*>(p.dq) + row_offset(rows[x], n, b, g, l, n.d);
-      for (int64_t e = 0; e < n.d; ++e)
-        round_to(buffers.of_tile(x).dquery[e * kRows + l] * static_cast<Acc>(p.scale), dq + e);
-    }
+    Acc factor[kRows];
+    fill(factor, kRows, static_cast<Acc>(p.scale));
+    write_columns<Acc>(buffers.of_tile(x).dquery, factor, rows[x], n, b, g, n.d,
+                       static_cast<Storage*>(p.dq));
   }
 }
 
@@ -234,13 +231,15 @@ void backward_group(const BackwardParams& p, const RowMap& map,
 template <class Acc, class Storage>
 void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int64_t j1) {
   const Sizes& n = p.n;
+  const auto sum_of = [&](int64_t j, int64_t at) {
+    Vec<Acc> sum = load(KeyGradients<Acc>(p, 0, b, g).dk(j) + at);
+    for (int64_t part = 1; part < p.parts; ++part)
+      sum += load(KeyGradients<Acc>(p, part, b, g).dk(j) + at);
+    return sum;
+  };
   const auto write = [&](int64_t j, int64_t at, int64_t width, Acc factor, Storage* to) {
-    for (int64_t e = 0; e < width; ++e) {
-      Acc sum = 0;
-      for (int64_t part = 0; part < p.parts; ++part)
-        sum += KeyGradients<Acc>(p, part, b, g).dk(j)[at + e];
-      round_to(sum * factor, to + e);
-    }
+    for (int64_t e = 0; e < width; e += kLanes<Acc>)
+      store_some<Acc>(to + e, width - e, sum_of(j, at + e) * factor);
   };
   for (int64_t j = j0; j < j1; ++j) {
     const int64_t row = (b * n.sk + j) * n.g + g;
@@ -266,7 +265,7 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
     int64_t per_group, key_blocks;
   } context{p, RowMap(p.n), tiles_per_group(p.n), ceil_div(p.n.sk, kFinishKeys)};
   executor.run(
-      p.n.b * p.n.g * p.parts,
+      p.n.b * p.n.g * p.parts, 5 * score_work(p.n),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
         const Sizes& n = x.p.n;
@@ -283,6 +282,7 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
       &context);
   executor.run(
       p.n.b * p.n.g * context.key_blocks,
+      static_cast<double>(p.n.b * p.n.g * p.n.sk) * p.parts * (p.n.d + p.n.dv),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
         const int64_t block = index % x.key_blocks, head = index / x.key_blocks;

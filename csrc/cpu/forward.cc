@@ -9,7 +9,6 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 96;
 constexpr int64_t kMostTiles = 4;
 
 template <class M>
@@ -138,16 +137,35 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
                        int64_t b, int64_t g) {
   using Acc = typename M::Acc;
   const Acc c = exponent_scale<Acc>(p.scale);
-  for (int l = 0; l < rows.count; ++l) {
-    if (rows.head[l] < 0) continue;
+  Acc inverse[kRows];
+  for (int l = 0; l < kRows; ++l) {
     const bool nothing = empty(rows.visible[l]);  // S11
-    const Acc sum = t.sum[l], inverse = nothing ? Acc(0) : Acc(1) / sum;
-    Storage* out = static_cast<Storage*>(p.out) + row_offset(rows, p.n, b, g, l, p.n.dv);
-    for (int64_t x = 0; x < p.n.dv; ++x) round_to(t.out[x * kRows + l] * inverse, out + x);
+    inverse[l] = nothing ? Acc(0) : Acc(1) / t.sum[l];
+    if (rows.head[l] < 0) continue;
     Acc& lse = static_cast<Acc*>(p.lse)[stat_offset(rows, p.n, b, g, l)];
     lse = nothing ? -std::numeric_limits<Acc>::infinity()
-                  : t.max[l] * c * Acc(kLn2) + log_of(sum);  // S10
+                  : t.max[l] * c * Acc(kLn2) + log_of(t.sum[l]);  // S10
   }
+  write_columns<Acc>(t.out, inverse, rows, p.n, b, g, p.n.dv, static_cast<Storage*>(p.out));
+}
+
+// Scores, softmax and output of one tile of rows and one packed tile of keys.
+template <class M, class Storage>
+inline void add_tile(const ForwardBuffers<M>& t, const Storage* v, const Rows& rows, const Sizes& n,
+                     int64_t b, int64_t g, bool partial, int64_t j0, int64_t count,
+                     typename M::Acc c) {
+  constexpr int D = M::kDepth;
+  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<typename M::Acc>));
+  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d), t.query,
+                                 kRows * D, t.score, kRows);
+  if (partial)
+    softmax<M, true>(t, rows, vectors, j0, count, c);
+  else
+    softmax<M, false>(t, rows, vectors, j0, count, c);
+  if (partial && !all_finite(t.value, ceil_div(count, D) * D * even(n.dv)))
+    return add_visible_values<M>(t, v, rows, n, b, g, j0, count);
+  matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(count, D), t.value, even(n.dv) * D,
+                                   t.probability, kRows * D, t.out, kRows, t.correction);
 }
 
 // How many tiles of rows share one packed tile of keys: what stays in the L2 cache, and leaves
@@ -163,12 +181,10 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
                    int64_t tiles) {
   using M = typename MathOf<Storage>::type;
   using Acc = typename M::Acc;
-  constexpr int D = M::kDepth;
   const Sizes& n = p.n;
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
   const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
-  const Acc c = exponent_scale<Acc>(p.scale);
 
   Rows rows[kMostTiles];
   TileLimits all = no_rows();
@@ -185,28 +201,15 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
   for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
     const int64_t count = min64(kTileKeys, all.max_hi - j0);
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
-    if constexpr (D == 2)
+    if constexpr (M::kDepth == 2)
       pack_key_pairs<M>(v, n, b, g, j0, count, n.dv, buffers.value);
     else
       pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    const int64_t value_count = ceil_div(count, D) * D * even(n.dv);
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind == TileClass::kSkip) continue;
-      const auto t = buffers.of_tile(x);
-      const int vectors = static_cast<int>(ceil_div(rows[x].count, kLanes<Acc>));
-      matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
-                                     t.query, kRows * D, t.score, kRows);
-      if (kind == TileClass::kPartial)
-        softmax<M, true>(t, rows[x], vectors, j0, count, c);
-      else
-        softmax<M, false>(t, rows[x], vectors, j0, count, c);
-      if (kind == TileClass::kPartial && !all_finite(t.value, value_count))
-        add_visible_values<M>(t, v, rows[x], n, b, g, j0, count);
-      else
-        matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(count, D), t.value,
-                                         even(n.dv) * D, t.probability, kRows * D, t.out, kRows,
-                                         t.correction);
+      if (kind != TileClass::kSkip)
+        add_tile<M>(buffers.of_tile(x), v, rows[x], n, b, g, kind == TileClass::kPartial, j0,
+                    min64(count, rows[x].limits.max_hi - j0), exponent_scale<Acc>(p.scale));
     }
   }
   for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
@@ -224,7 +227,7 @@ void forward_typed(const ForwardParams& p, Executor& executor) {
   x.groups = ceil_div(x.tiles, x.per_task);
   // Last rows first: under a causal mask they are the longest.
   executor.run(
-      p.n.b * p.n.g * x.groups,
+      p.n.b * p.n.g * x.groups, 2 * score_work(p.n),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
         const int64_t heads = x.p.n.b * x.p.n.g;

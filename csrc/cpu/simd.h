@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -172,6 +173,57 @@ inline Vec<float> load_wide(const f16* p) {
 #endif
 }
 
+// kLanes consecutive elements, rounded to storage.
+inline void store_narrow(float* p, Vec<float> v) { store(p, v); }
+inline void store_narrow(double* p, Vec<double> v) { store(p, v); }
+inline void store_narrow(bf16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) round_to(v[i], p + i);
+#endif
+}
+inline void store_narrow(f16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) round_to(v[i], p + i);
+#endif
+}
+
+// Lanes of a and b alternating: the lower or the upper halves of both.
+template <class V, int... kLane>
+inline V interleave_low(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * L)...);
+}
+template <class V, int... kLane>
+inline V interleave_high(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (L / 2 + kLane / 2 + kLane % 2 * L)...);
+}
+
+// Transposes a square of lanes: out row r, lane c = in row c, lane r.
+template <class T>
+inline void transpose(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  constexpr auto lanes = std::make_integer_sequence<int, L>{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    Vec<T> next[L];
+#pragma GCC unroll 8
+    for (int r = 0; r < L / 2; ++r) {
+      next[2 * r] = interleave_low(v[r], v[r + L / 2], lanes);
+      next[2 * r + 1] = interleave_high(v[r], v[r + L / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) v[r] = next[r];
+  }
+}
+
 // How one product multiplies: `T` is an operand element, `V` an operand vector, `Acc` accumulates.
 // kDepth elements are consumed at once: with depth 2, operands hold neighbours of the reduction
 // dimension side by side.
@@ -203,11 +255,7 @@ struct Bf16Math {
 };
 using MathForBf16 = Bf16Math;
 
-inline void store_rounded(bf16* p, Vec<float> x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-  __builtin_memcpy(p, &rounded, sizeof rounded);
-}
-// The same for two vectors, low[l] and high[l] side by side.
+// Two vectors rounded to bf16, low[l] and high[l] side by side.
 inline void store_rounded_pairs(bf16* p, Vec<float> low, Vec<float> high) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   alignas(64) static constexpr uint16_t kInterleave[32] = {

@@ -13,7 +13,8 @@ void* thread_buffer(int64_t bytes);  // dispatch.cc: 64-byte aligned, reused by 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int kRows = 64;  // query rows of a tile: the lanes of transposed scores
+constexpr int64_t kTileKeys = 96;  // keys that are packed at once
+constexpr int kRows = 64;          // query rows of a tile: the lanes of transposed scores
 
 constexpr int64_t even(int64_t x) { return x + (x & 1); }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -146,13 +147,14 @@ inline void pack_row_pair(const Storage* first, const Storage* second, int64_t c
 template <class M, class Storage>
 inline void pack_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
                       int64_t count, int64_t width, typename M::T* dst) {
-  for (int64_t j = 0; j < even(count); ++j) {
-    if (j < count)
-      pack_row<M>(src + ((b * n.sk + j0 + j) * n.g + g) * width, width, even(width),
-                  dst + j * even(width));
-    else
-      for (int64_t c = 0; c < even(width); ++c) dst[j * even(width) + c] = typename M::T(0);
+  // The rows of the next tile are asked for now: their cache lines are far apart.
+  const int64_t pitch = n.g * width, ahead = min64(kTileKeys, n.sk - j0 - count) * pitch;
+  for (int64_t j = 0; j < count; ++j) {
+    const Storage* row = src + ((b * n.sk + j0 + j) * n.g + g) * width;
+    for (int64_t c = 0; c < width; c += 64 / sizeof(Storage)) __builtin_prefetch(row + ahead + c);
+    pack_row<M>(row, width, even(width), dst + j * even(width));
   }
+  fill(dst + count * even(width), (even(count) - count) * even(width), typename M::T(0));
 }
 
 // The same with pairs of keys interleaved: [count / 2][even(width)][2].
@@ -165,18 +167,69 @@ inline void pack_key_pairs(const Storage* src, const Sizes& n, int64_t b, int64_
                               dst + j * even(width));
 }
 
+// kLanes<Acc> units of a row, starting at unit c, as they will lie in one column each.
+template <class M, class Storage>
+inline auto load_units(const Storage* row, int64_t c) {
+  if constexpr (sizeof(Storage) == sizeof(typename M::T)) {
+    Vec<typename M::Acc> v;
+    __builtin_memcpy(&v, row + c * M::kDepth, sizeof v);
+    return v;
+  } else {
+    return load_wide(row + c);
+  }
+}
+
 // Query-side rows as columns: [width / depth][kRows][depth]; `flip` negates (S8 with scale < 0).
+// A unit is one step of a column: depth elements, the size of one accumulator.
 template <class M, class Storage>
 inline void pack_columns(const Storage* src, const Rows& rows, const Sizes& n, int64_t b, int64_t g,
                          int64_t width, bool flip, typename M::T* dst) {
   using T = typename M::T;
-  constexpr int D = M::kDepth;
-  for (int l = 0; l < kRows; ++l) {
-    const Storage* row = rows.head[l] < 0 ? nullptr : src + row_offset(rows, n, b, g, l, width);
-    for (int64_t c = 0; c < ceil_div(width, D) * D; ++c) {
-      T x = row && c < width ? as_operand<Storage, T>(row[c]) : T(0);
-      if (flip) x = negated(x);
-      dst[(c / D * kRows + l) * D + c % D] = x;
+  using Acc = typename M::Acc;
+  constexpr int D = M::kDepth, L = kLanes<Acc>;
+  const int64_t whole = width / D / L * L;  // units that fill vectors
+  for (int l0 = 0; l0 < kRows; l0 += L) {
+    const Storage* row[L];
+    for (int l = 0; l < L; ++l)
+      row[l] = rows.head[l0 + l] < 0 ? nullptr : src + row_offset(rows, n, b, g, l0 + l, width);
+    for (int64_t c = 0; c < whole; c += L) {
+      Vec<Acc> square[L];
+      for (int l = 0; l < L; ++l) square[l] = row[l] ? load_units<M>(row[l], c) : Vec<Acc>{};
+      transpose<Acc>(square);
+      for (int u = 0; u < L; ++u)
+        __builtin_memcpy(dst + ((c + u) * kRows + l0) * D, &square[u], sizeof square[u]);
+    }
+    for (int64_t c = whole * D; c < ceil_div(width, D) * D; ++c)
+      for (int l = 0; l < L; ++l)
+        dst[(c / D * kRows + l0 + l) * D + c % D] =
+            row[l] && c < width ? as_operand<Storage, T>(row[l][c]) : T(0);
+  }
+  if (flip)
+    for (int64_t x = 0; x < ceil_div(width, D) * D * kRows; ++x) dst[x] = negated(dst[x]);
+}
+
+// The first `count` lanes, rounded.
+template <class Acc, class Storage>
+inline void store_some(Storage* p, int64_t count, Vec<Acc> v) {
+  if (count >= kLanes<Acc>) return store_narrow(p, v);
+  for (int64_t i = 0; i < count; ++i) round_to(v[i], p + i);
+}
+
+// Columns [width][kRows] times a factor per row, to rows of a query-shaped array.
+template <class Acc, class Storage>
+inline void write_columns(const Acc* columns, const Acc* factor, const Rows& rows, const Sizes& n,
+                          int64_t b, int64_t g, int64_t width, Storage* dst) {
+  constexpr int L = kLanes<Acc>;
+  for (int l0 = 0; l0 < rows.count; l0 += L) {
+    for (int64_t c = 0; c < width; c += L) {
+      Vec<Acc> square[L];
+      for (int u = 0; u < L; ++u)
+        square[u] =
+            c + u < width ? load(columns + (c + u) * kRows + l0) * load(factor + l0) : Vec<Acc>{};
+      transpose<Acc>(square);
+      for (int l = 0; l < L; ++l)
+        if (rows.head[l0 + l] >= 0)
+          store_some<Acc>(dst + row_offset(rows, n, b, g, l0 + l, width) + c, width - c, square[l]);
     }
   }
 }

@@ -24,8 +24,10 @@ class PoolExecutor final : public cpu::Executor {
  public:
   explicit PoolExecutor(ffi::ThreadPool pool) : pool_(pool) {}
 
-  void run(int64_t count, void (*body)(void*, int64_t), void* context) override {
-    const int64_t helpers = std::min<int64_t>(pool_.num_threads(), count) - 1;
+  void run(int64_t count, double work, void (*body)(void*, int64_t), void* context) override {
+    constexpr double kWorthAThread = 1e6;
+    const int64_t helpers =
+        std::min({pool_.num_threads(), count, static_cast<int64_t>(work / kWorthAThread)}) - 1;
     if (helpers <= 0) {
       for (int64_t index = 0; index < count; ++index) body(context, index);
       return;

@@ -1,0 +1,28 @@
+"""Command line of the benchmarks: each command prints a table and writes results/<name>.json."""
+
+import argparse
+
+
+def main() -> None:
+    """Runs one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    speed = commands.add_parser("cpu", help="speed against torch and jax.nn (needs torch)")
+    speed.add_argument("--seconds", type=float, default=0.5, help="per cell, shared by the peers")
+    overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
+    overhead.add_argument("--seconds", type=float, default=3.0)
+    commands.add_parser("memory", help="peak memory at S = 65,536")
+    arguments = parser.parse_args()
+
+    from benchmarks import cpu
+
+    if arguments.command == "cpu":
+        cpu.speed(arguments.seconds)
+    elif arguments.command == "dispatch":
+        cpu.dispatch(arguments.seconds)
+    else:
+        cpu.memory()
+
+
+if __name__ == "__main__":
+    main()

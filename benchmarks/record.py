@@ -1,0 +1,75 @@
+"""Where numbers come from and where they go: environment, medians, results/*.json."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("jax_flashattn", "jax", "jaxlib", "torch", "numpy")
+
+
+def _cpu_model() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def source_hash() -> str:
+    """Of everything under csrc/: which kernels a number belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def environment() -> dict:
+    """Versions, machine and source hash of this run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "csrc": source_hash(),
+    }
+
+
+def write(name: str, rows: list[dict]) -> pathlib.Path:
+    """Stores rows with their environment as results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def interleaved_medians(
+    calls: dict[str, Callable[[], object]], seconds: float
+) -> dict[str, float]:
+    """Median seconds of each call, taking turns so that all see the same machine.
+
+    Every call runs at least five times after one warm-up, and on until `seconds` have passed.
+    """
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
