@@ -47,27 +47,49 @@ message(STATUS "jax_flashattn: CUDA extension with ${NVCC}")
 set(NVCC_FLAGS -std=c++17 -O3 -DNDEBUG -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
                -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v)
 
-# cuda_object(<variable> <source> <flags...>) compiles one source; the log keeps ptxas's report of
-# registers and spills.
-function(cuda_object objects source)
-  string(MAKE_C_IDENTIFIER "${source}" name)
+set(GENERATED "${CMAKE_CURRENT_BINARY_DIR}/generated")
+add_custom_command(
+  OUTPUT "${GENERATED}/ptx/wgmma_shapes.h"
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/build_support/generate_wgmma.py"
+          "${GENERATED}/ptx/wgmma_shapes.h"
+  DEPENDS build_support/generate_wgmma.py
+  VERBATIM)
+
+# cuda_object(<name> <source> SPILLS <bytes> FLAGS <flags...>) compiles one source into CUDA_OBJECTS.
+# The log beside the object keeps ptxas's report of registers and spills.
+function(cuda_object name source)
+  cmake_parse_arguments(PARSE_ARGV 2 ARG "" "SPILLS" "FLAGS")
   set(object "${CMAKE_CURRENT_BINARY_DIR}/${name}.o")
   add_custom_command(
     OUTPUT "${object}"
     COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/build_support/run_nvcc.py"
-            "${object}.ptxas.log" "${NVCC}" ${NVCC_FLAGS} ${ARGN} -MD -MF "${object}.d" -c
-            "${CMAKE_CURRENT_SOURCE_DIR}/${source}" -o "${object}"
-    DEPENDS "${source}" build_support/run_nvcc.py
+            "${object}.log" "${ARG_SPILLS}" "${NVCC}" ${NVCC_FLAGS} -I${GENERATED} ${ARG_FLAGS} -MD
+            -MF "${object}.d" -c "${CMAKE_CURRENT_SOURCE_DIR}/${source}" -o "${object}"
+    DEPENDS "${source}" build_support/run_nvcc.py "${GENERATED}/ptx/wgmma_shapes.h"
     DEPFILE "${object}.d"
     VERBATIM)
-  set(${objects} ${${objects}} "${object}" PARENT_SCOPE)
+  set(CUDA_OBJECTS ${CUDA_OBJECTS} "${object}" PARENT_SCOPE)
 endfunction()
 
 # Machine code for Ampere and PTX for everything after it.
-set(PORTABLE -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
-cuda_object(CUDA_OBJECTS csrc/cuda/plain/attention.cu ${PORTABLE})
+cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
+            FLAGS -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
 
-pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc ${CUDA_OBJECTS})
+# Hopper. The scout warp, which runs once per tile beside three or two large warpgroups, may spill:
+# it is left 32 to 40 registers, and its spills are off the critical path.
+set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
+set(SPILLS_64 80)
+set(SPILLS_256 4)
+foreach(d 64 96 128 192 256)
+  if(NOT DEFINED SPILLS_${d})
+    set(SPILLS_${d} 0)
+  endif()
+  cuda_object(sm90_forward_${d} csrc/cuda/sm90/forward.cu SPILLS ${SPILLS_${d}}
+              FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
+endforeach()
+
+pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc csrc/cuda/dispatch.cc
+                    csrc/cuda/sm90/tensor_maps.cc ${CUDA_OBJECTS})
 target_include_directories(_cuda PRIVATE csrc)
 target_include_directories(_cuda SYSTEM PRIVATE "${JAXLIB_DIR}/include" "${CUDA_INCLUDE}")
 target_link_libraries(_cuda PRIVATE "${CUDART_STATIC}" dl rt pthread)

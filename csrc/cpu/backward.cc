@@ -251,7 +251,7 @@ void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int6
 // Tiles of rows that share a packed tile of keys: what stays in the L2 cache.
 inline int64_t tiles_per_group(const Sizes& n) {
   constexpr int64_t kBytes = 384 * 1024;
-  return clamp(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
+  return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
 template <class Storage>

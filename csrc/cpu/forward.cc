@@ -173,7 +173,7 @@ inline void add_tile(const ForwardBuffers<M>& t, const Storage* v, const Rows& r
 inline int64_t tiles_per_task(const Sizes& n, int64_t tiles) {
   constexpr int64_t kTasks = 32, kBytes = 256 * 1024;
   const int64_t fit = kBytes / ((n.d + n.dv) * kRows * 4);
-  return clamp(n.b * n.g * tiles / kTasks, 1, clamp(fit, 1, kMostTiles));
+  return clamp<int64_t>(n.b * n.g * tiles / kTasks, 1, clamp<int64_t>(fit, 1, kMostTiles));
 }
 
 template <class Storage>

@@ -76,7 +76,7 @@ inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask,
     rows.visible[l] = {0, 0};
     if (!real) continue;
     rows.count = l + 1;
-    rows.visible[l] = row_interval(mask, n, b, i);
+    rows.visible[l] = row_interval(mask, n, b, static_cast<int32_t>(i));
     rows.limits = add_row(rows.limits, rows.visible[l]);
   }
   return rows;

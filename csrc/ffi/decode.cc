@@ -107,10 +107,13 @@ ffi::Error decode_inputs(const CallInputs& in, Params* p, Form* form) {
   if (n.d < 1 || n.d > kMaxHeadDim || n.dv < 1 || n.dv > kMaxHeadDim)
     return invalid("head dims " + std::to_string(n.d) + " and " + std::to_string(n.dv) +
                    " must be 1 to " + std::to_string(kMaxHeadDim));
-  if (n.sq > INT32_MAX || n.sk > INT32_MAX)
-    return invalid("sequence lengths must fit int32, got " + std::to_string(n.sq) + " and " +
+  if (n.sq >= kMaxLength || n.sk >= kMaxLength)
+    return invalid("sequence lengths must be below 2^30, got " + std::to_string(n.sq) + " and " +
                    std::to_string(n.sk));
-  p->mask = MaskSource{in.left, in.right, nullptr, nullptr, nullptr, 0, 0};
+  const auto side = [](int64_t x) {
+    return static_cast<int32_t>(clamp<int64_t>(x, kUnbounded, kMaxLength));
+  };
+  p->mask = MaskSource{side(in.left), side(in.right), nullptr, nullptr, nullptr, 0, 0};
   MaskSource& m = p->mask;
   if (auto e = optional_mask("lengths", in.lengths, *form, 2, &m.lengths, &m.lengths_pitch);
       e.failure())

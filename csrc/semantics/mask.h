@@ -22,29 +22,31 @@ struct Interval {
   int32_t lo, hi;
 };
 
+// Lengths and window sides are below this, so that sums of two of them fit int32.
+constexpr int32_t kMaxLength = 1 << 30;
+
 // The arithmetic mask of one sequence pair. `sq` and `sk` are its true lengths.
 struct ArithmeticMask {
-  int64_t sq, sk;
-  int64_t left, right;  // kUnbounded or >= 0
+  int32_t sq, sk;
+  int32_t left, right;  // kUnbounded or >= 0
 };
 
-FLASH_FN int64_t clamp(int64_t x, int64_t low, int64_t high) {
+template <class T>
+FLASH_FN T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);
 }
 
 // S2: query row i is aligned with key i + sk - sq; a row past the sequence sees nothing.
-FLASH_FN Interval row_interval(const ArithmeticMask& m, int64_t i) {
+FLASH_FN Interval row_interval(const ArithmeticMask& m, int32_t i) {
   if (i >= m.sq) return {0, 0};
-  const int64_t centre = i + m.sk - m.sq;
-  int64_t lo = 0, hi = m.sk;
-  if (m.left != kUnbounded) lo = clamp(centre - m.left, 0, m.sk);
-  if (m.right != kUnbounded) hi = clamp(centre + m.right + 1, 0, m.sk);
-  return {static_cast<int32_t>(lo), static_cast<int32_t>(hi)};
+  const int32_t centre = i + m.sk - m.sq;
+  return {m.left == kUnbounded ? 0 : clamp(centre - m.left, 0, m.sk),
+          m.right == kUnbounded ? m.sk : clamp(centre + m.right + 1, 0, m.sk)};
 }
 
 // An interval read from an array is clamped: nothing a caller passes can point outside the keys.
-FLASH_FN Interval clamped_interval(int64_t lo, int64_t hi, int64_t sk) {
-  return {static_cast<int32_t>(clamp(lo, 0, sk)), static_cast<int32_t>(clamp(hi, 0, sk))};
+FLASH_FN Interval clamped_interval(int32_t lo, int32_t hi, int32_t sk) {
+  return {clamp(lo, 0, sk), clamp(hi, 0, sk)};
 }
 
 FLASH_FN bool visible(Interval row, int64_t j) { return row.lo <= j && j < row.hi; }

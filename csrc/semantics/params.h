@@ -21,19 +21,23 @@ struct Sizes {
 
 // Arithmetic limits unless `lo` is given. Lengths are optional in both.
 struct MaskSource {
-  int64_t left, right;
+  int32_t left, right;
   const int32_t* lengths;  // (query, key) length of batch b at b * lengths_pitch, or null
   const int32_t* lo;       // row i of batch b at b * limits_pitch + i, or null
   const int32_t* hi;
   int64_t lengths_pitch, limits_pitch;
 };
 
-FLASH_FN Interval row_interval(const MaskSource& m, const Sizes& n, int64_t b, int64_t i) {
-  const int64_t sq = m.lengths ? clamp(m.lengths[b * m.lengths_pitch], 0, n.sq) : n.sq;
-  const int64_t sk = m.lengths ? clamp(m.lengths[b * m.lengths_pitch + 1], 0, n.sk) : n.sk;
+FLASH_FN Interval row_interval(const MaskSource& m, const Sizes& n, int64_t b, int32_t i) {
+  int32_t sq = static_cast<int32_t>(n.sq), sk = static_cast<int32_t>(n.sk);
+  if (m.lengths) {
+    sq = clamp(m.lengths[b * m.lengths_pitch], 0, sq);
+    sk = clamp(m.lengths[b * m.lengths_pitch + 1], 0, sk);
+  }
   if (m.lo == nullptr) return row_interval(ArithmeticMask{sq, sk, m.left, m.right}, i);
   if (i >= sq) return {0, 0};
-  return clamped_interval(m.lo[b * m.limits_pitch + i], m.hi[b * m.limits_pitch + i], sk);
+  const int64_t at = b * m.limits_pitch + i;
+  return clamped_interval(m.lo[at], m.hi[at], sk);
 }
 
 struct ForwardParams {

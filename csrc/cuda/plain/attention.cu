@@ -6,9 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/attention.h"
+#include "cuda/plain/attention.h"
 
-namespace jax_flashattn::cuda {
+namespace jax_flashattn::cuda::plain {
 namespace {
 
 constexpr int kWarps = 4;  // of a block
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   const int64_t rows = n.b * n.sq * n.g * n.r, warps = int64_t(gridDim.x) * kWarps;
   for (int64_t x = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; x < rows; x += warps) {
     const Place at = row_place(n, x);
-    const Interval row = row_interval(p.mask, n, at.b, at.s);
+    const Interval row = row_interval(p.mask, n, at.b, static_cast<int32_t>(at.s));
     float sum[kMostColumns] = {}, largest = -INFINITY, total = 0;
     for (int64_t j0 = row.lo; j0 < row.hi; j0 += 32) {
       const bool sees = j0 + lane < row.hi;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) query_gradient_kernel(BackwardParams
   const int64_t rows = n.b * n.sq * n.g * n.r, warps = int64_t(gridDim.x) * kWarps;
   for (int64_t x = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; x < rows; x += warps) {
     const Place at = row_place(n, x);
-    const Interval row = row_interval(p.mask, n, at.b, at.s);
+    const Interval row = row_interval(p.mask, n, at.b, static_cast<int32_t>(at.s));
     float sum[kMostColumns] = {};
     for (int64_t j0 = row.lo; j0 < row.hi; j0 += 32) {
       ScoreGradient mine{0, 0};
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) key_gradient_kernel(BackwardParams p
     float dk[kMostColumns] = {}, dv[kMostColumns] = {};
     for (int64_t i0 = 0; i0 < n.sq; i0 += 32) {
       const int64_t i = i0 + lane;
-      const bool sees = i < n.sq && visible(row_interval(p.mask, n, b, i), j);
+      const bool sees = i < n.sq && visible(row_interval(p.mask, n, b, static_cast<int32_t>(i)), j);
       const unsigned seeing = __ballot_sync(kAllLanes, sees);
       if (seeing == 0) continue;
       for (int64_t r = 0; r < n.r; ++r) {
@@ -181,7 +181,7 @@ template <class Params>
 std::string launch(const char* name, void (*kernel)(Params), const Params& p, int64_t warps,
                    cudaStream_t stream) {
   if (warps == 0) return "";
-  const int64_t blocks = clamp((warps + kWarps - 1) / kWarps, 1, 1 << 20);
+  const int64_t blocks = clamp<int64_t>((warps + kWarps - 1) / kWarps, 1, 1 << 20);
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return "";
@@ -217,4 +217,4 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   return unsupported();
 }
 
-}  // namespace jax_flashattn::cuda
+}  // namespace jax_flashattn::cuda::plain

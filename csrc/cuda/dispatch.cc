@@ -1,0 +1,68 @@
+// Which kernel runs: the one table of architecture, dtype and head dims.
+#include <mutex>
+#include <vector>
+
+#include "cuda/attention.h"
+#include "cuda/plain/attention.h"
+#include "cuda/sm90/launch.h"
+
+namespace jax_flashattn::cuda {
+namespace {
+
+struct DeviceFacts {
+  bool known = false;
+  int major = 0, minor = 0, multiprocessors = 0;
+};
+
+// Facts of the current device, asked once per device.
+bool current_device(DeviceFacts* facts, int* index) {
+  static std::mutex mutex;
+  static std::vector<DeviceFacts> all;
+  if (cudaGetDevice(index) != cudaSuccess) return false;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (static_cast<int>(all.size()) <= *index) all.resize(*index + 1);
+  DeviceFacts& f = all[*index];
+  if (!f.known) {
+    f.known = cudaDeviceGetAttribute(&f.major, cudaDevAttrComputeCapabilityMajor, *index) ==
+                  cudaSuccess &&
+              cudaDeviceGetAttribute(&f.minor, cudaDevAttrComputeCapabilityMinor, *index) ==
+                  cudaSuccess &&
+              cudaDeviceGetAttribute(&f.multiprocessors, cudaDevAttrMultiProcessorCount, *index) ==
+                  cudaSuccess;
+  }
+  *facts = f;
+  return f.known;
+}
+
+// The copy engine wants 16-byte rows and something to copy; tile numbers are 32-bit.
+bool fits_sm90(const Sizes& n) {
+  return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 &&
+         n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;
+}
+
+std::string sm90_forward(const ForwardParams& p, const sm90::Device& device, cudaStream_t stream) {
+  const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
+  if (d <= 64) return sm90::forward<64>(p, device, stream);
+  if (d <= 96) return sm90::forward<96>(p, device, stream);
+  if (d <= 128) return sm90::forward<128>(p, device, stream);
+  if (d <= 192) return sm90::forward<192>(p, device, stream);
+  return sm90::forward<256>(p, device, stream);
+}
+
+}  // namespace
+
+std::string forward(const ForwardParams& p, cudaStream_t stream) {
+  if (p.n.b * p.n.g * p.n.r * p.n.sq == 0) return "";
+  DeviceFacts facts;
+  int index = 0;
+  if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
+  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n))
+    return sm90_forward(p, {index, facts.multiprocessors}, stream);
+  return plain::forward(p, stream);
+}
+
+std::string backward(const BackwardParams& p, cudaStream_t stream) {
+  return plain::backward(p, stream);
+}
+
+}  // namespace jax_flashattn::cuda

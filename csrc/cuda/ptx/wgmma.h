@@ -1,0 +1,72 @@
+// Warpgroup matrix products: descriptors, ordering, and conversion of fragments.
+#pragma once
+
+#include "cuda/ptx/barrier.h"
+#include "ptx/wgmma_shapes.h"  // generated: WgmmaShared, WgmmaRegister
+
+namespace jax_flashattn::cuda::ptx {
+
+// A shared-memory operand in the 128-byte swizzle. `leading` is the distance in bytes between
+// 64-element chunks of an M- or N-contiguous operand; a K-contiguous one ignores it.
+static __device__ __forceinline__ uint64_t descriptor(const void* shared, int leading = 16) {
+  constexpr uint64_t kSwizzle128 = 1, kStride = 1024;  // 8 rows of 128 bytes
+  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading >> 4) << 16 | (kStride >> 4) << 32 | kSwizzle128 << 62;
+}
+// Advances a descriptor by bytes.
+static __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
+static __device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+static __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving register accesses into an asynchronous region.
+template <int kCount>
+static __device__ __forceinline__ void pin(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+template <int kRows, int kCount>
+static __device__ __forceinline__ void pin(uint32_t (&r)[kRows][kCount]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) asm volatile("" : "+r"(r[i][j])::"memory");
+  }
+}
+
+static __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+static __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+static __device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Four 8x8 matrices of 16-bit elements from an accumulator-shaped fragment to shared memory.
+static __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
+}  // namespace jax_flashattn::cuda::ptx
