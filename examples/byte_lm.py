@@ -39,8 +39,8 @@ class Config:
 
 
 SIZES = {
-    "tiny": Config(4, 128, 4, 2, 32, 128, seq_len=1024, batch=1, steps=400, learning_rate=6e-3),
-    "small": Config(6, 384, 6, 2, 64, 256, seq_len=2048, batch=8, steps=1000, learning_rate=3e-3),
+    "tiny": Config(4, 128, 4, 2, 32, 128, seq_len=1024, batch=1, steps=400, learning_rate=4e-3),
+    "small": Config(6, 384, 6, 2, 64, 256, seq_len=2048, batch=8, steps=1000, learning_rate=2e-3),
     "base": Config(12, 768, 12, 4, 64, 512, seq_len=8192, batch=8, steps=3000, learning_rate=1e-3),
 }
 
@@ -132,25 +132,20 @@ class LanguageModel(nnx.Module):
     """A decoder whose layers alternate between a sliding window and full attention."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(1.0)
-        self.embed = nnx.Embed(
-            VOCABULARY, config.width, dtype=config.dtype, embedding_init=init, rngs=rngs
-        )
+        self.dtype = config.dtype
+        init = nnx.initializers.normal(1 / math.sqrt(config.width))
+        self.embed = nnx.Embed(VOCABULARY, config.width, embedding_init=init, rngs=rngs)
         windows = [None if n % 2 else config.window for n in range(config.layers)]
         self.blocks = nnx.List([Block(config, window, rngs) for window in windows])
         self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
-        # Zeros: the first loss is exactly 8 bits per byte. Logits are float32 in every dtype.
-        zeros = nnx.initializers.zeros
-        self.head = nnx.Linear(
-            config.width, VOCABULARY, use_bias=False, kernel_init=zeros, dtype="float32", rngs=rngs
-        )
 
     def __call__(self, tokens, segment_ids, positions, *, implementation: str):
         """tokens, segment_ids, positions: int32 [b, s]. Returns float32 logits [b, s, 256]."""
-        x = self.embed(tokens)
+        table = self.embed.embedding[...].astype(self.dtype)  # of the input and of the logits
+        x = table[tokens] * math.sqrt(table.shape[1])
         for block in self.blocks:
             x = block(x, segment_ids, positions, implementation=implementation)
-        return self.head(self.norm(x))
+        return jnp.einsum("bsd,vd->bsv", self.norm(x), table, preferred_element_type=jnp.float32)
 
 
 def build_model(config: Config, rngs: nnx.Rngs) -> LanguageModel:
@@ -167,7 +162,7 @@ def model_graph(config: Config) -> nnx.GraphDef:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW with gradient clipping, warm-up and cosine decay."""
     rate, steps = config.learning_rate, config.schedule_steps
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps, rate / 20)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps, rate / 20)
     adamw = optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
