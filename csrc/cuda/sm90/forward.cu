@@ -1,4 +1,5 @@
 // Instances of the forward kernel and their launch; compiled once per head dim (SM90_HEAD_DIM).
+#include <cstdlib>
 #include <string>
 
 #include "cuda/sm90/forward.cuh"
@@ -34,7 +35,7 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   constexpr int kBytes = sizeof(ForwardSmem<S>);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
   const TileOrder order{static_cast<int>(n.g * n.r), static_cast<int>(n.b),
-                        static_cast<int>((n.sq + S::kRows - 1) / S::kRows)};
+                        static_cast<int>((n.sq + S::kRows - 1) / S::kRows), std::getenv("SECTION") ? atoi(std::getenv("SECTION")) : 1};
   const int64_t tiles = int64_t(order.heads) * order.batches * order.row_tiles;
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);

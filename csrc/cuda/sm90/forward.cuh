@@ -34,8 +34,8 @@ struct ForwardShape {
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : (kD > 192 ? 40 : 56);
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : (kD > 192 ? 232 : 224);
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 224;
 };
 
 // What consumers need to know of a tile.
@@ -86,13 +86,16 @@ struct Ring {
   __device__ void next() { ++uses; }
 };
 
-// Tiles in the order blocks take them: last rows first (under a causal mask the longest), heads
-// fastest, so that neighbours in time share keys and values in L2.
+// Tiles in the order blocks take them: sections of heads whose keys and values stay in L2 together;
+// within a section last rows first (under a causal mask the longest) and heads fastest.
 struct TileOrder {
-  int heads, batches, row_tiles;
+  int heads, batches, row_tiles, section;
   __device__ int count() const { return heads * batches * row_tiles; }
   __device__ TilePlace place(int tile, int rows) const {
-    return {tile / heads % batches, tile % heads, (row_tiles - 1 - tile / heads / batches) * rows};
+    const int first = tile / (section * row_tiles) * section;  // head of all batches
+    const int inside = tile - first * row_tiles, width = min(section, heads * batches - first);
+    const int head = first + inside % width;
+    return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows};
   }
 };
 
@@ -169,22 +172,30 @@ __device__ __forceinline__ void load_tile(typename S::T* shared, const CUtensorM
 template <class S>
 __device__ void load(const ForwardMaps& maps, int group, TileOrder order, ForwardSmem<S>& smem) {
   Ring<S::kQueries> query;
-  Ring<S::kStages> stage;
+  Ring<S::kStages> key, value;
   for (int tile = blockIdx.x; tile < order.count(); tile += gridDim.x, query.next()) {
     const int i = query.index();
     const TilePlace at = order.place(tile, S::kRows);
     ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
     load_tile<S>(smem.query[i], &maps.query, &smem.query_full[i], S::kRows, at.head, at.row, at.b);
     ptx::barrier_wait(&smem.info_full[i], query.parity());
-    const int blocks = smem.info[i].blocks;
-    int key = smem.info[i].first_key;
-    for (int n = 0; n < blocks; ++n, key += S::kKeys, stage.next()) {
-      const int x = stage.index();
-      ptx::barrier_wait(&smem.key_empty[x], stage.parity() ^ 1);
-      load_tile<S>(smem.key[x], &maps.key, &smem.key_full[x], S::kKeys, at.head / group, key, at.b);
-      ptx::barrier_wait(&smem.value_empty[x], stage.parity() ^ 1);
-      load_tile<S>(smem.value[x], &maps.value, &smem.value_full[x], S::kKeys, at.head / group, key,
-                   at.b);
+    const int blocks = smem.info[i].blocks, first = smem.info[i].first_key;
+    // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
+    for (int n = 0; n <= blocks; ++n) {
+      if (n < blocks) {
+        const int x = key.index();
+        ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
+        load_tile<S>(smem.key[x], &maps.key, &smem.key_full[x], S::kKeys, at.head / group,
+                     first + n * S::kKeys, at.b);
+        key.next();
+      }
+      if (n > 0) {
+        const int x = value.index();
+        ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
+        load_tile<S>(smem.value[x], &maps.value, &smem.value_full[x], S::kKeys, at.head / group,
+                     first + (n - 1) * S::kKeys, at.b);
+        value.next();
+      }
     }
   }
 }
@@ -437,6 +448,17 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         apply_mask<S>(rows, first);
     };
 
+    // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
+    // moves it in front of the softmax, and with it the overlap away.
+    const auto finish_output = [&](bool issued, const float (&correction)[2]) {
+      ptx::wgmma_wait<0>();
+      ptx::pin(rows.out);
+      ptx::pin(rows.probability);
+      if (issued) release_value();
+      scale_output<S>(rows, correction);
+      round_probabilities<S>(rows);
+    };
+
     skip(begin);
     if (begin < end) {
       float correction[2];
@@ -447,8 +469,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       release_key();
       mask(begin);
       softmax<S>(rows, scale.exponent, correction);
-      round_probabilities<S>(rows);
       for (int n = begin + 1; n < end; ++n) {
+        finish_output(n > begin + 1, correction);
         scores();
         outputs(n - 1);
         ptx::wgmma_wait<1>();
@@ -456,13 +478,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         release_key();
         mask(n);
         softmax<S>(rows, scale.exponent, correction);
-        ptx::wgmma_wait<0>();
-        ptx::pin(rows.out);
-        ptx::pin(rows.probability);
-        release_value();
-        scale_output<S>(rows, correction);
-        round_probabilities<S>(rows);
       }
+      finish_output(end > begin + 1, correction);
       outputs(end - 1);
       ptx::wgmma_wait<0>();
       ptx::pin(rows.out);
@@ -473,6 +490,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     write_output<S>(maps, p, rows, info, group, smem.query[query.index()],
                     scale.exponent * 0.6931471805599453f);
     owed = query.index();
+    if constexpr (S::kQueries == 1) release_query();  // the next tile cannot load before
   }
   release_query();
   if (leader) ptx::tma_wait();
