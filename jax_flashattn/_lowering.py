@@ -7,6 +7,7 @@ be lowered and exported anywhere.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 from jax_flashattn import _compat, _native, _partition
@@ -16,8 +17,17 @@ from jax_flashattn._primitives import flash_backward_p, flash_forward_p, statist
 _CUDA_DTYPES = ("bfloat16", "float16")
 
 
-def _backward_scratch(query, key, value) -> ShapeDtypeStruct:
-    """Accumulators of the CPU backward: one [sk, d + dv] per share of a key head's query rows.
+def _scratch(platform: str, target: str, query, key, value) -> dict[str, ShapeDtypeStruct]:
+    """Buffers a call needs beside its results, by their name in _partition.py."""
+    if platform == "cpu" and target == _native.BACKWARD:
+        return {"accumulators": _accumulators(query, key, value)}
+    if platform == "CUDA" and target == _native.FORWARD:
+        return {"counter": ShapeDtypeStruct((query.shape[0], key.shape[2], 1), jnp.int32)}
+    return {}
+
+
+def _accumulators(query, key, value) -> ShapeDtypeStruct:
+    """Of the CPU backward: one [sk, d + dv] per share of a key head's query rows.
 
     The number of shares depends on sizes only, so results do not depend on the number of threads.
     """
@@ -46,7 +56,7 @@ def _aval(x) -> _compat.ShapedArray:
 
 def _call(target: str, ctx, operands, spec, scratch, **extra):
     """One custom call; scratch buffers are extra results, dropped here."""
-    call_ctx = ctx.replace(avals_out=[*ctx.avals_out, *map(_aval, scratch)])
+    call_ctx = ctx.replace(avals_out=[*ctx.avals_out, *map(_aval, scratch.values())])
     results = jax.ffi.ffi_lowering(target, **extra)(call_ctx, *operands, **spec.attributes())
     return results[: len(ctx.avals_out)]
 
@@ -71,11 +81,11 @@ def _partitionable_call(target: str, ctx, operands, spec, scratch, names):
         _aval(jax.eval_shape(lambda x, n=n: _partition.to_logical(n, x, g), _aval(x)))
         for n, x in zip(result_names, ctx.avals_out)
     ]
-    with_scratch = (*result_names, *(["scratch"] * len(scratch)))
+    with_scratch = (*result_names, *scratch)
     rule = _partition.rule(operand_names, with_scratch)
     types = [
         [mlir.aval_to_ir_type(ctx.module_context, a) for a in avals]
-        for avals in (avals_in, [*avals_out, *map(_aval, scratch)])
+        for avals in (avals_in, [*avals_out, *map(_aval, scratch.values())])
     ]
     values = lower(logical, ctx.avals_in, avals_in, operands)
     results = _call(
@@ -101,8 +111,7 @@ def _lower(platform: str, target: str, names, ctx, *operands, spec):
     query, key, value = ctx.avals_in[:3]
     if platform == "CUDA":
         _check_cuda(query)
-    needs_scratch = platform == "cpu" and target == _native.BACKWARD
-    scratch = [_backward_scratch(query, key, value)] if needs_scratch else []
+    scratch = _scratch(platform, target, query, key, value)
     if _compat.may_be_partitioned(ctx):
         return _partitionable_call(target, ctx, operands, spec, scratch, names)
     return _call(target, ctx, operands, spec, scratch)

@@ -35,8 +35,10 @@ def masked_attention(
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[2] // max(key.shape[2], 1)
-    # What nobody sees cannot matter, not even as 0 * NaN (S13).
+    # What sees or is seen by nobody cannot matter, not even as 0 * NaN (S13).
     seen = visible.any((1, 2))[:, :, None, None]
+    seeing = visible.any((1, 3))[:, :, None, None]
+    query = jnp.where(seeing, query, 0)
     key = jnp.repeat(jnp.where(seen, key, 0), group, axis=2).astype(wide)
     value = jnp.repeat(jnp.where(seen, value, 0), group, axis=2).astype(wide)
 

@@ -82,8 +82,8 @@ def _intervals(segment_ids, mask, lengths, left, right, sizes) -> _mask.Interval
         q_ids, k_ids = segment_ids
         if lengths is not None:  # what lies behind a length is padding
             k_ids = q_ids if k_ids is None else k_ids
-            q_ids = jnp.where(jnp.arange(sq) < lengths[:, :1], q_ids, 0)
-            k_ids = jnp.where(jnp.arange(sk) < lengths[:, 1:], k_ids, 0)
+            q_ids = jnp.where(jnp.arange(sq)[None] < lengths[:, :1], q_ids, 0)
+            k_ids = jnp.where(jnp.arange(sk)[None] < lengths[:, 1:], k_ids, 0)
         limits = _mask.segment_intervals(q_ids, k_ids, left, right)
     if mask is not None:
         limits = _mask.intersect(limits, (mask.lo, mask.hi))

@@ -206,8 +206,10 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     all = unite(all, rows[x].limits);
     pack_tile<M, Storage>(p, buffers.of_tile(x), rows[x], b, g);
   }
-  for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
-    // An even count, except at the end of the keys, where the accumulators have a spare row.
+  for (int64_t j0 = all.min_lo / 2 * 2; j0 < all.max_hi; j0 += kTileKeys) {
+    // Products write an even number of accumulator rows: tiles begin at an even key and have an
+    // even count, except at the end of an odd number of keys, where the accumulators have a spare
+    // row.
     const int64_t count = min64(kTileKeys, min64(n.sk - j0, even(all.max_hi - j0)));
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
     pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);

@@ -74,7 +74,10 @@ inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask,
     rows.head[l] = real ? head : -1;
     rows.i[l] = i;
     rows.visible[l] = {0, 0};
-    if (!real) continue;
+    if (!real) {
+      rows.limits.min_hi = 0;  // never full: what such a lane computes must be masked
+      continue;
+    }
     rows.count = l + 1;
     rows.visible[l] = row_interval(mask, n, b, static_cast<int32_t>(i));
     rows.limits = add_row(rows.limits, rows.visible[l]);

@@ -76,6 +76,7 @@ ffi::Error forward(ffi::ThreadPool pool, double scale, int64_t left, int64_t rig
   ForwardParams p;
   const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
   if (auto e = decode_forward(in, *out, *lse, &p); e.failure()) return e;
+  p.scratch = nullptr;
   if (!cpu::kernels().forward) return no_kernels();
   PoolExecutor executor(pool);
   cpu::kernels().forward(p, executor);

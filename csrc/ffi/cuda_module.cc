@@ -21,10 +21,13 @@ ffi::Error launched(const std::string& error) {
 
 ffi::Error forward(cudaStream_t stream, double scale, int64_t left, int64_t right, bool,
                    AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
-                   AnyBuffer hi, Result out, Result lse) {
+                   AnyBuffer hi, Result out, Result lse, Result counter) {
   ForwardParams p;
   const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
   if (auto e = decode_forward(in, *out, *lse, &p); e.failure()) return e;
+  if (auto e = expect("counter", *counter, {p.n.b, p.n.g, 1}, ffi::DataType::S32); e.failure())
+    return e;
+  p.scratch = counter->untyped_data();
   return launched(cuda::forward(p, stream));
 }
 
@@ -52,7 +55,8 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
                            .Arg<AnyBuffer>()   // lo
                            .Arg<AnyBuffer>()   // hi
                            .Ret<AnyBuffer>()   // out
-                           .Ret<AnyBuffer>(),  // lse
+                           .Ret<AnyBuffer>()   // lse
+                           .Ret<AnyBuffer>(),  // tile counter [b, g, 1]
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER(kBackward, backward,

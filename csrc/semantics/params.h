@@ -47,7 +47,8 @@ struct ForwardParams {
   double scale;
   const void *q, *k, *v;
   void* out;
-  void* lse;  // float, or double for kF64
+  void* lse;      // float, or double for kF64
+  void* scratch;  // CUDA only: one int32, a tile counter
 };
 
 struct BackwardParams {

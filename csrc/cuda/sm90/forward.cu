@@ -1,5 +1,4 @@
 // Instances of the forward kernel and their launch; compiled once per head dim (SM90_HEAD_DIM).
-#include <cstdlib>
 #include <string>
 
 #include "cuda/sm90/forward.cuh"
@@ -22,6 +21,21 @@ struct Tuned<T, 192> : ForwardShape<T, 192, 2, 96, 1, 2> {};
 template <class T>
 struct Tuned<T, 256> : ForwardShape<T, 256, 2, 80, 1, 2> {};
 
+// Heads that are worked on together. Where every row sees every key, the tiles of one head come one
+// after the other and share its keys and values. Where rows see less, tiles of all lengths must be
+// in flight to balance, so as many heads as L2 holds, but no fewer than eight.
+int section(const ForwardParams& p) {
+  constexpr int64_t kL2Bytes = 64 << 20, kLeast = 8;
+  const Sizes& n = p.n;
+  const MaskSource& m = p.mask;
+  int64_t heads = n.r;
+  if (m.lo)
+    heads = n.b * n.g * n.r;
+  else if (m.left != kUnbounded || m.right != kUnbounded || m.lengths)
+    heads *= clamp<int64_t>(kL2Bytes / (n.sk * (n.d + n.dv) * 2), kLeast, kLeast + n.b * n.g);
+  return static_cast<int>(heads);
+}
+
 template <class S>
 std::string launch(const ForwardParams& p, const Device& device, cudaStream_t stream) {
   const Sizes& n = p.n;
@@ -34,8 +48,12 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   if (!mapped) return "the driver refused a tensor map";
   constexpr int kBytes = sizeof(ForwardSmem<S>);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
-  const TileOrder order{static_cast<int>(n.g * n.r), static_cast<int>(n.b),
-                        static_cast<int>((n.sq + S::kRows - 1) / S::kRows), std::getenv("SECTION") ? atoi(std::getenv("SECTION")) : 1};
+  if (cudaMemsetAsync(p.scratch, 0, sizeof(int), stream) != cudaSuccess)
+    return "the tile counter could not be reset";
+  const int heads = static_cast<int>(n.g * n.r);
+  const TileOrder order{heads, static_cast<int>(n.b),
+                        static_cast<int>((n.sq + S::kRows - 1) / S::kRows), section(p),
+                        static_cast<int*>(p.scratch)};
   const int64_t tiles = int64_t(order.heads) * order.batches * order.row_tiles;
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);

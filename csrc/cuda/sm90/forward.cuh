@@ -39,6 +39,8 @@ struct ForwardShape {
 };
 
 // What consumers need to know of a tile.
+constexpr int kNoMoreTiles = -1;  // in place of a count of blocks
+
 struct TilePlace {
   int b, head, row;  // first row
 };
@@ -90,6 +92,7 @@ struct Ring {
 // within a section last rows first (under a causal mask the longest) and heads fastest.
 struct TileOrder {
   int heads, batches, row_tiles, section;
+  int* taken;  // tiles taken beyond each block's first; 0 at launch
   __device__ int count() const { return heads * batches * row_tiles; }
   __device__ TilePlace place(int tile, int rows) const {
     const int first = tile / (section * row_tiles) * section;  // head of all batches
@@ -149,13 +152,21 @@ __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const Ti
 
 template <class S>
 __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem) {
+  const bool leader = threadIdx.x % 32 == 0;
   Ring<S::kQueries> query;
-  for (int tile = blockIdx.x; tile < order.count(); tile += gridDim.x, query.next()) {
+  for (int tile = blockIdx.x;; query.next()) {
     const int i = query.index();
     ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
-    write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], &smem.info[i]);
+    const bool more = tile < order.count();
+    if (more)
+      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], &smem.info[i]);
+    else if (leader)
+      smem.info[i].blocks = kNoMoreTiles;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(&smem.info_full[i]);
+    if (leader) ptx::barrier_arrive(&smem.info_full[i]);
+    if (!more) return;
+    if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
+    tile = __shfl_sync(0xffffffffu, tile, 0);
   }
 }
 
@@ -170,16 +181,16 @@ __device__ __forceinline__ void load_tile(typename S::T* shared, const CUtensorM
 }
 
 template <class S>
-__device__ void load(const ForwardMaps& maps, int group, TileOrder order, ForwardSmem<S>& smem) {
+__device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
-  for (int tile = blockIdx.x; tile < order.count(); tile += gridDim.x, query.next()) {
+  for (;; query.next()) {
     const int i = query.index();
-    const TilePlace at = order.place(tile, S::kRows);
-    ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
-    load_tile<S>(smem.query[i], &maps.query, &smem.query_full[i], S::kRows, at.head, at.row, at.b);
-    ptx::barrier_wait(&smem.info_full[i], query.parity());
+    ptx::barrier_wait(&smem.info_full[i], query.parity());  // the scout waited for query_empty
     const int blocks = smem.info[i].blocks, first = smem.info[i].first_key;
+    if (blocks == kNoMoreTiles) return;
+    const TilePlace at = smem.info[i].at;
+    load_tile<S>(smem.query[i], &maps.query, &smem.query_full[i], S::kRows, at.head, at.row, at.b);
     // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
     for (int n = 0; n <= blocks; ++n) {
       if (n < blocks) {
@@ -369,7 +380,7 @@ __device__ __forceinline__ void write_output(const ForwardMaps& maps, const Forw
 
 template <class S>
 __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreScale scale,
-                        TileOrder order, ForwardSmem<S>& smem, int group) {
+                        ForwardSmem<S>& smem, int group) {
   const int thread = threadIdx.x % 128;
   const bool leader = thread == 0;
   Ring<S::kQueries> query;
@@ -393,10 +404,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     value.next();
   };
 
-  for (int tile = blockIdx.x; tile < order.count(); tile += gridDim.x, query.next()) {
+  for (;; query.next()) {
     ptx::barrier_wait(&smem.info_full[query.index()], query.parity());
-    ptx::barrier_wait(&smem.query_full[query.index()], query.parity());
     const TileInfo& info = smem.info[query.index()];
+    if (info.blocks == kNoMoreTiles) break;
+    ptx::barrier_wait(&smem.query_full[query.index()], query.parity());
     const int first_key = info.first_key, blocks = info.blocks;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -450,7 +462,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 
     // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
     // moves it in front of the softmax, and with it the overlap away.
-    const auto finish_output = [&](bool issued, const float (&correction)[2]) {
+    const auto finish_output = [&](bool issued, const float(&correction)[2]) {
       ptx::wgmma_wait<0>();
       ptx::pin(rows.out);
       ptx::pin(rows.probability);
@@ -520,11 +532,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x == 0) load<S>(maps, static_cast<int>(p.n.r), order, smem);
+    if (threadIdx.x == 0) load<S>(maps, static_cast<int>(p.n.r), smem);
     if (threadIdx.x / 32 == 1) scout<S>(p, order, smem);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<S>(maps, p, scale, order, smem, warpgroup - 1);
+    consume<S>(maps, p, scale, smem, warpgroup - 1);
   }
 }
 

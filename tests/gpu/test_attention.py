@@ -1,0 +1,219 @@
+"""The CPU grids on CUDA, and what only a GPU can get wrong.
+
+Without a GPU these are skipped; with --require-gpu that is a failure. --backend cpu runs them on
+the CPU instead, to test the tests.
+"""
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import grids, hlo
+from support.case import Case, cases
+from support.check import GRADIENTS, check_case, check_results, execute, jitted
+from support.compare import assert_bitwise, assert_same_numbers
+from support.data import make_problem
+
+from jax_flashattn import _native, flash_attention
+
+DTYPES = ("bfloat16", "float16")
+GRID = [case for case in grids.ALL if case.scale is None or abs(case.scale) < 3]
+
+
+@pytest.fixture(scope="module")
+def platform(request):
+    """ "cuda", or what --backend says."""
+    backend = request.config.getoption("backend") or "cuda"
+    problem = _missing(backend)
+    if problem and request.config.getoption("require_gpu"):
+        pytest.fail(f"--require-gpu: {problem}")
+    if problem:
+        pytest.skip(problem)
+    return backend
+
+
+def _missing(backend: str) -> str | None:
+    """Why this platform cannot run the tests, or None."""
+    try:
+        jax.devices(backend)
+    except RuntimeError as error:
+        return f"jax has no {backend} device: {error}"
+    if backend == "cuda" and "CUDA" not in _native.modules:
+        return f"the CUDA extension is missing: {_native.problems.get('CUDA')}"
+    return None
+
+
+def put(platform, *arrays):
+    return [jax.device_put(x, jax.devices(platform)[0]) for x in arrays]
+
+
+@cases(*(case.replace(dtype=dtype) for case in GRID for dtype in DTYPES))
+def test_grid(case, platform):
+    check_case(case, platform)
+
+
+BASE = Case(b=2, sq=300, sk=260, hq=8, hk=2, d=64, dv=64, dtype="bfloat16", dlse=True)
+VARIANTS = (
+    BASE,
+    BASE.replace(causal=True),
+    BASE.replace(d=128, dv=128, causal=True, left=70),
+    BASE.replace(d=256, dv=256, causal=True),
+    BASE.replace(layout="lengths", lengths_q=(300, 129), lengths_k=(65, 260), causal=True),
+    BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), causal=True),
+    BASE.replace(interval="random"),
+)
+
+
+@cases(*VARIANTS)
+def test_agrees_with_the_cpu_kernel(case, platform):
+    """Both kernels, same inputs: within a few roundings of each other."""
+    problem = make_problem(case)
+    here, there = (execute(problem, problem.given, p) for p in (platform, "cpu"))
+    for name, x in here.items():
+        a, b = x.astype(float), there[name].astype(float)
+        assert np.array_equal(np.isneginf(a), np.isneginf(b)), name
+        a, b = (np.where(np.isneginf(y), 0, y) for y in (a, b))
+        scale = 1e-4 if name == "lse" else 3e-2
+        np.testing.assert_allclose(a, b, atol=scale * np.abs(b).max(), err_msg=name)
+
+
+@cases(*(case.replace(deterministic=True) for case in VARIANTS))
+def test_deterministic_reruns_are_bitwise_equal(case, platform):
+    problem = make_problem(case)
+    first = execute(problem, problem.given, platform)
+    for _ in range(20):
+        for name, x in execute(problem, problem.given, platform).items():
+            assert_bitwise(name, x, first[name], case)
+
+
+@cases(*VARIANTS)
+def test_forward_reruns_are_bitwise_equal(case, platform):
+    """S14 without asking for it; the backward then only agrees within rounding."""
+    problem = make_problem(case)
+    first = execute(problem, problem.given, platform)
+    for _ in range(20):
+        again = execute(problem, problem.given, platform)
+        for name in ("out", "lse"):
+            assert_bitwise(name, again[name], first[name], case)
+        for name in GRADIENTS:
+            a, b = again[name].astype(float), first[name].astype(float)
+            np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max(), err_msg=name)
+
+
+POISONED = (
+    VARIANTS[4].replace(poison="tail"),
+    BASE.replace(layout="lengths", lengths_q=(1, 200), lengths_k=(3, 127), poison="tail"),
+    BASE.replace(sk=300, layout="segments", lengths_q=((200,), (64, 65)), poison="tail"),
+)
+
+
+@cases(*(case.replace(dtype=dtype) for case in POISONED for dtype in DTYPES))
+def test_nan_in_padding_and_behind_lengths_has_no_effect(case, platform):
+    """S13; between documents that share a tile a GPU kernel may leak, so those stay clean."""
+    problem = make_problem(case.replace(deterministic=True))
+    clean, given = (execute(problem, x, platform) for x in (problem.clean, problem.given))
+    check_results(problem, given)
+    for name, x in clean.items():
+        assert_same_numbers(name, given[name], x, case.dtype, case)
+
+
+def test_nan_in_a_query_stays_in_its_row(platform):
+    problem = make_problem(BASE.replace(causal=True))
+    query = problem.given["query"].copy()
+    query[0, 200] = np.nan
+    results = execute(problem, problem.given | {"query": query}, platform)
+    for name in ("out", "dq"):
+        bad = np.isnan(results[name].astype(float)).any((2, 3))
+        assert np.argwhere(bad).tolist() == [[0, 200]], name
+
+
+def test_dirty_memory_is_not_read(platform):
+    """Freed NaN buffers of every size the call needs come back as outputs and scratch."""
+    problem = make_problem(VARIANTS[1])
+    first = execute(problem, problem.given, platform)
+    for _ in range(10):
+        dirty = put(platform, *(np.full(2**n, np.nan, np.float32) for n in range(8, 22)))
+        jax.block_until_ready(dirty)
+        for x in dirty:
+            x.delete()
+        again = execute(problem, problem.given, platform)
+        for name in ("out", "lse"):
+            assert_bitwise(name, again[name], first[name])
+        assert all(np.isfinite(again[n].astype(float)).all() for n in GRADIENTS)
+
+
+def test_offsets_past_two_gigabytes(platform):
+    """19, 20, 21 of the list of known bugs: 2^31 elements, more batches than a grid's y or z."""
+    small = platform == "cpu"
+    b, s, h, d = (300 if small else 70_000), 16, 16, 128
+    device = jax.devices(platform)[0]
+    with jax.default_device(device):
+        keys = jax.random.split(jax.random.key(0), 3)
+        parts = [jax.random.normal(key, (4, s, h, d), jnp.bfloat16) for key in keys]
+        tile = jax.jit(lambda x: jnp.tile(x, (b // 4, 1, 1, 1)))
+        run = jax.jit(lambda *x: flash_attention(*x, causal=True))
+        wanted = run(*parts)
+        out = run(*(tile(x) for x in parts))
+        for start in (0, 4, b // 2, 65_536, 2**31 // (s * h * d), b - 4):
+            at = min(start, b - 4) // 4 * 4
+            np.testing.assert_allclose(
+                out[at : at + 4].astype(jnp.float32), wanted.astype(jnp.float32), atol=1e-2
+            )
+        gradient = jax.jit(jax.grad(lambda *x: run(*x).astype(jnp.float32).sum()))
+        last = gradient(*(tile(x) for x in parts))[-4:]
+        np.testing.assert_allclose(
+            last.astype(jnp.float32), gradient(*parts).astype(jnp.float32), atol=1e-2
+        )
+
+
+def test_a_loop_of_calls_equals_single_calls(platform):
+    """Command buffers: a jitted loop replays the same kernels on changing data."""
+    problem = make_problem(VARIANTS[1].replace(sq=128, sk=128, hq=4, hk=4))
+    q, k, v = put(platform, *(problem.given[n] for n in ("query", "key", "value")))
+
+    def step(x):
+        return x + 0.5 * flash_attention(x, k, v, causal=True)
+
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: step(y), x))
+    single, one = q, jax.jit(step)
+    for _ in range(20):
+        single = one(single)
+    assert_bitwise("loop", loop(q), single)
+    assert_bitwise("loop again", loop(q), single)
+    hlo.assert_kernels(hlo.compiled_text(loop, q), forward=1)
+
+
+def test_threads_may_call_at_the_same_time(platform):
+    """Different shapes on different threads: per-size settings must not mix."""
+    problems = [make_problem(case.replace(deterministic=True)) for case in VARIANTS]
+    alone = [execute(p, p.given, platform) for p in problems]
+    with concurrent.futures.ThreadPoolExecutor(len(problems)) as pool:
+        for _ in range(5):
+            for results, wanted in zip(
+                pool.map(lambda p: execute(p, p.given, platform), problems), alone
+            ):
+                for name, x in results.items():
+                    assert_bitwise(name, x, wanted[name])
+
+
+def test_memory_and_calls_of_the_program(platform):
+    """Two custom calls, nothing of S x S, and the flag for determinism reaches both."""
+    problem = make_problem(BASE.replace(sq=1031, sk=1033, causal=True, deterministic=True))
+    names = ("query", "key", "value", "dout", "dlse")
+    args = put(platform, *(problem.given[n] for n in names))
+    lowered = jitted(tuple(problem.case.options().items())).lower(*args, {})
+    text = lowered.compile().as_text()
+    hlo.assert_kernels(text, forward=1, backward=1)
+    hlo.assert_no_square(text, 1031, 1033)
+    assert lowered.as_text().count("deterministic = true") == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+def test_what_cuda_does_not_take_is_refused(dtype, platform):
+    if platform == "cpu":
+        pytest.skip("the CPU takes every dtype")
+    x = put(platform, jnp.ones((1, 4, 1, 8), dtype))[0]
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16, got float32"):
+        flash_attention(x, x, x)

@@ -1,0 +1,174 @@
+"""The FFI decoder: wrong shapes and types are errors with both shapes in words, never an abort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.hlo import BACKWARD, FORWARD
+
+from jax_flashattn import _native
+
+ATTRIBUTES = {
+    "scale": np.float64(0.25),
+    "left": np.int64(-1),
+    "right": np.int64(-1),
+    "deterministic": np.bool_(False),
+}
+B, SQ, SK, HQ, HK, D, DV = 2, 3, 5, 4, 2, 8, 16
+F32, I32, BF16 = jnp.float32, jnp.int32, jnp.bfloat16
+
+# name -> (shape, dtype) of a correct call in the user's form.
+INPUTS = {
+    "query": ((B, SQ, HQ, D), F32),
+    "key": ((B, SK, HK, D), F32),
+    "value": ((B, SK, HK, DV), F32),
+    "lengths": ((B, 2), I32),
+    "lo": ((B, SQ), I32),
+    "hi": ((B, SQ), I32),
+}
+FORWARD_RESULTS = {"out": ((B, SQ, HQ, DV), F32), "lse": ((B, HQ, SQ), F32)}
+BACKWARD_INPUTS = INPUTS | {
+    "dout": ((B, SQ, HQ, DV), F32),
+    "lse": ((B, HQ, SQ), F32),
+    "delta": ((B, HQ, SQ), F32),
+}
+BACKWARD_RESULTS = {
+    "dq": ((B, SQ, HQ, D), F32),
+    "dk": ((B, SK, HK, D), F32),
+    "dv": ((B, SK, HK, DV), F32),
+    "scratch": ((B, HK, 1, SK + 1, 32), F32),
+}
+
+
+def _call(target, inputs, results, **attributes):
+    arrays = [jnp.ones(*x) for x in inputs.values()]
+    types = [jax.ShapeDtypeStruct(*x) for x in results.values()]
+    run = jax.ffi.ffi_call(target, types, vmap_method="sequential")
+    return jax.block_until_ready(jax.jit(lambda *x: run(*x, **(ATTRIBUTES | attributes)))(*arrays))
+
+
+def _refuses(target, inputs, results, words, **attributes):
+    with pytest.raises(Exception, match="jax_flashattn") as info:
+        _call(target, inputs, results, **attributes)
+    text = str(info.value)
+    assert "INVALID_ARGUMENT" in text
+    missing = [word for word in words if word not in text]
+    assert not missing, f"{missing} not in {text}"
+
+
+def test_a_correct_call_runs_in_both_directions():
+    out, lse = _call(FORWARD, INPUTS, FORWARD_RESULTS)
+    assert np.isfinite(out).all()
+    assert np.isneginf(lse).all(), "lo = hi = 1 hides everything"
+    results = _call(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS)
+    assert all(not np.asarray(x).any() for x in results[:3])
+
+
+FORWARD_WRONG = (
+    ("query", ((B, SQ, 3, D), F32), ["[2, 3, 3, 8]", "[2, 5, 2, 8]", "hk dividing hq"]),
+    ("query", ((B, SQ, HQ), F32), ["[2, 3, 4]", "[2, 5, 2, 8]"]),
+    ("query", ((1, 1, 1, 1, 1, 1), F32), ["[1, 1, 1, 1, 1, 1]"]),
+    ("query", ((), F32), ["[]"]),
+    ("query", ((B, SQ, HQ, D), I32), ["query", "float16, bfloat16, float32 or float64"]),
+    ("query", ((B, SQ, HQ, D), BF16), ["key", "[2, 5, 2, 8]"]),
+    ("key", ((B, SK, HK, D + 1), F32), ["key", "[2, 5, 2, 9]", "[2, 5, 2, 8]"]),
+    ("key", ((B + 1, SK, HK, D), F32), ["key", "[3, 5, 2, 8]", "[2, 5, 2, 8]"]),
+    ("key", ((B, SK, 0, D), F32), ["[2, 3, 4, 8]", "[2, 5, 0, 8]"]),
+    ("key", ((B, SK, HK), F32), ["[2, 5, 2]"]),
+    ("value", ((B, SK + 1, HK, DV), F32), ["value", "[2, 6, 2, 16]", "[2, 5, 2, 16]"]),
+    ("value", ((B, SK, HK, DV), BF16), ["value", "[2, 5, 2, 16]"]),
+    ("value", ((B, SK, HK, 257), F32), ["257", "1 to 256"]),
+    ("value", ((B, SK, HK, 0), F32), ["0", "1 to 256"]),
+    ("lengths", ((B, 3), I32), ["lengths", "[2, 3]", "[2, 2]"]),
+    ("lengths", ((B + 1, 2), I32), ["lengths", "[3, 2]", "[2, 2]"]),
+    ("lengths", ((B, 2), F32), ["lengths", "[2, 2]"]),
+    ("lengths", ((), I32), ["lengths", "[]", "[2, 2]"]),
+    ("lo", ((B, SQ + 1), I32), ["lo", "[2, 4]", "[2, 3]"]),
+    ("hi", ((1, SQ), I32), ["hi", "[1, 3]", "[2, 3]"]),
+    ("hi", ((B, 0), I32), ["lo and hi must be given together"]),
+)
+
+
+@pytest.mark.parametrize(("name", "wrong", "words"), FORWARD_WRONG, ids=str)
+def test_forward_refuses(name, wrong, words):
+    _refuses(FORWARD, INPUTS | {name: wrong}, FORWARD_RESULTS, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("out", ((B, SQ, HQ, D), F32), ["out", "[2, 3, 4, 8]", "[2, 3, 4, 16]"]),
+        ("out", ((B, SQ, HQ, DV), BF16), ["out", "[2, 3, 4, 16]"]),
+        ("lse", ((B, SQ, HQ), F32), ["lse", "[2, 3, 4]", "[2, 4, 3]"]),
+        ("lse", ((B, HQ, SQ), BF16), ["lse", "[2, 4, 3]"]),
+    ],
+    ids=str,
+)
+def test_forward_refuses_results(name, wrong, words):
+    _refuses(FORWARD, INPUTS, FORWARD_RESULTS | {name: wrong}, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("key", ((B, SK, HK, D + 1), F32), ["key", "[2, 5, 2, 9]"]),
+        ("dout", ((B, SQ, HQ, D), F32), ["dout", "[2, 3, 4, 8]", "[2, 3, 4, 16]"]),
+        ("dout", ((B, SQ, HQ, DV), BF16), ["dout"]),
+        ("lse", ((B, SQ, HQ), F32), ["lse", "[2, 3, 4]", "[2, 4, 3]"]),
+        ("delta", ((B, HQ, SQ, 1), F32), ["delta", "[2, 4, 3, 1]", "[2, 4, 3]"]),
+        ("delta", ((B, HQ, SQ), BF16), ["delta", "[2, 4, 3]"]),
+    ],
+    ids=str,
+)
+def test_backward_refuses(name, wrong, words):
+    _refuses(BACKWARD, BACKWARD_INPUTS | {name: wrong}, BACKWARD_RESULTS, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("dq", ((B, SQ, HQ, DV), F32), ["dq", "[2, 3, 4, 16]", "[2, 3, 4, 8]"]),
+        ("dk", ((B, SK, HQ, D), F32), ["dk", "[2, 5, 4, 8]", "[2, 5, 2, 8]"]),
+        ("dv", ((B, SK, HK, DV), BF16), ["dv", "[2, 5, 2, 16]"]),
+        ("scratch", ((B, HK, 1, SK, 32), F32), ["scratch", "[2, 2, 1, 5, 32]", "[2, 2, 1, 6, 32]"]),
+        ("scratch", ((B, HK, 1, SK + 1, 24), F32), ["scratch", "24", "32"]),
+        ("scratch", ((B, HK, 0, SK + 1, 32), F32), ["scratch", "[2, 2, 0, 6, 32]"]),
+        ("scratch", ((7,), F32), ["scratch", "[7]"]),
+    ],
+    ids=str,
+)
+def test_backward_refuses_results(name, wrong, words):
+    _refuses(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS | {name: wrong}, words)
+
+
+def test_the_logical_form_gives_the_same_numbers():
+    """[b, g, r, s, d] in row-major order is the b, s, h, d call on transposed data."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(INPUTS[n][0]).astype(np.float32) for n in list(INPUTS)[:3])
+    absent = jnp.zeros((B, 0), I32)
+    types = [jax.ShapeDtypeStruct(*x) for x in FORWARD_RESULTS.values()]
+    out, lse = jax.ffi.ffi_call(FORWARD, types)(q, k, v, absent, absent, absent, **ATTRIBUTES)
+    q5 = q.reshape(B, SQ, HK, HQ // HK, D).transpose(0, 2, 3, 1, 4)
+    layouts = [(4, 2, 1, 3, 0), (3, 1, 2, 0), (3, 1, 2, 0), *[(2, 1, 0)] * 3]
+    types = [
+        jax.ShapeDtypeStruct((B, HK, HQ // HK, SQ, DV), F32),
+        jax.ShapeDtypeStruct((B, HK, HQ // HK, SQ), F32),
+    ]
+    run = jax.ffi.ffi_call(
+        FORWARD, types, input_layouts=[layout[::-1] for layout in layouts],
+        output_layouts=[(0, 3, 1, 2, 4), (0, 1, 2, 3)],
+    )  # fmt: skip
+    absent = jnp.zeros((B, HK, 0), I32)
+    keys = [x.transpose(0, 2, 1, 3) for x in (k, v)]
+    out5, lse5 = jax.jit(lambda *x: run(*x, **ATTRIBUTES))(q5, *keys, absent, absent, absent)
+    back = np.asarray(out5).transpose(0, 3, 1, 2, 4).reshape(out.shape)
+    assert np.array_equal(back, out)
+    assert np.array_equal(np.asarray(lse5).reshape(lse.shape), lse)
+
+
+def test_a_missing_platform_says_why(monkeypatch):
+    monkeypatch.setitem(_native.problems, "CUDA", "libwhatever.so not found")
+    monkeypatch.delitem(_native.modules, "CUDA", raising=False)
+    with pytest.raises(ImportError, match=r"CUDA.*libwhatever.so not found.*BUILD.md"):
+        _native.require("CUDA")
+    _native.require("cpu")

@@ -1,0 +1,167 @@
+"""csrc/semantics, compiled with the system's compiler, against brute force and against _mask.py."""
+
+import ctypes
+import itertools
+import pathlib
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_mask import BOUNDS, SIZES, brute
+
+from jax_flashattn import _mask
+
+ROOT = pathlib.Path(__file__).parents[2]
+SKIP, PARTIAL, FULL = range(3)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler: csrc/semantics is NOT tested on this machine")
+    library = tmp_path_factory.mktemp("probe") / "mask_probe.so"
+    source = ROOT / "tests/support/mask_probe.cc"
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unused-function"]
+    command += ["-fPIC", "-shared", "-I", ROOT / "csrc", source, "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+def _pointer(x):
+    return None if x is None else x.ctypes.data_as(ctypes.c_void_p)
+
+
+def _longs(*values):
+    return [ctypes.c_int64(-1 if x is None else x) for x in values]
+
+
+def _rows(probe, sq, sk, left, right, n):
+    limits = np.full((n, 2), 77, np.int32)
+    probe.probe_rows(*_longs(sq, sk, left, right, n), _pointer(limits))
+    return limits
+
+
+def _matrix(limits, sk):
+    j = np.arange(sk)
+    return (limits[:, :1] <= j) & (j < limits[:, 1:])
+
+
+def test_rows_over_all_small_worlds(probe):
+    for sq, sk in itertools.product(SIZES, SIZES):
+        for left, right in itertools.product(BOUNDS, BOUNDS):
+            limits = _rows(probe, sq, sk, left, right, sq + 2)
+            context = (sq, sk, left, right)
+            assert np.array_equal(_matrix(limits[:sq], sk), brute(sq, sk, left, right)), context
+            assert not _matrix(limits[sq:], 99).any(), "rows past the sequence see keys"
+            assert limits.min(initial=0) >= 0, context
+            assert limits.max(initial=0) <= sk, context
+
+
+def test_rows_are_those_of_python(probe):
+    for left, right in itertools.product((None, 0, 3), (None, 0, 2)):
+        for sq, sk in ((5, 9), (9, 5), (6, 6)):
+            lo, hi = _mask.arithmetic_intervals(sq, sk, left, right)
+            limits = _rows(probe, sq, sk, left, right, sq)
+            assert np.array_equal(limits, np.stack([lo[0], hi[0]], 1)), (sq, sk, left, right)
+
+
+def test_long_sequences_do_not_overflow(probe):
+    big = 2**30 - 1  # the longest the decoder lets through
+    for left, right in ((None, 0), (5, 0), (2**30, 2**30), (big, big)):
+        limits = _rows(probe, big, big, left, right, 3)
+        for i, (lo, hi) in enumerate(limits):
+            assert lo == (0 if left is None else max(0, i - left))
+            assert hi == (big if right is None else min(big, i + right + 1))
+    for sq, sk in ((1, big), (big, 1)):
+        for lo, hi in _rows(probe, sq, sk, 2**30, 2**30, 1):
+            assert (lo, hi) == (0, sk if sq == 1 else 1)
+
+
+def test_clamped_intervals(probe):
+    values = np.array([-(2**31), -9, -1, 0, 1, 5, 6, 7, 2**31 - 1], np.int64)
+    lo, hi = (np.ascontiguousarray(x.ravel()) for x in np.meshgrid(values, values))
+    for sk in (0, 1, 6):
+        limits = np.zeros((lo.size, 2), np.int32)
+        probe.probe_clamped(*_longs(lo.size), _pointer(lo), _pointer(hi), *_longs(sk),
+                            _pointer(limits))  # fmt: skip
+        assert limits.min() >= 0
+        assert limits.max() <= sk
+        j = np.arange(sk)
+        wanted = (lo[:, None] <= j) & (j < hi[:, None])
+        assert np.array_equal(_matrix(limits, sk), wanted)
+
+
+def test_mask_sources(probe):
+    """Lengths, arrays, and both, of the right batch element."""
+    rng, sq, sk, batch = np.random.default_rng(0), 5, 6, 40
+    lengths = rng.integers(-2, 9, (batch, 2)).astype(np.int32)
+    lo, hi = (rng.integers(-3, 9, (batch, sq)).astype(np.int32) for _ in range(2))
+    for use_lengths, use_arrays, b in itertools.product((0, 1), (0, 1), range(batch)):
+        limits = np.zeros((sq, 2), np.int32)
+        probe.probe_source(
+            *_longs(sq, sk, 2, 0),
+            *(_pointer(x) for x in (lengths if use_lengths else None,)),
+            *(_pointer(x if use_arrays else None) for x in (lo, hi)),
+            *_longs(sq, b),
+            _pointer(limits),
+        )
+        length_q, length_k = lengths[b].clip(0, (sq, sk)) if use_lengths else (sq, sk)
+        wanted, j = np.zeros((sq, sk), bool), np.arange(sk)
+        wanted[:length_q, :length_k] = brute(length_q, length_k, 2, 0)
+        if use_arrays:
+            wanted[:length_q] = (lo[b][:length_q, None] <= j) & (j < hi[b][:length_q, None])
+            wanted[:, length_k:] = False
+        assert np.array_equal(_matrix(limits, sk), wanted), (use_lengths, use_arrays, b)
+
+
+def _classify(probe, lo, hi, j0, j1):
+    lo, hi = (np.ascontiguousarray(x, np.int32) for x in (lo, hi))
+    return probe.probe_classify(
+        *_longs(len(lo)), _pointer(lo), _pointer(hi), *_longs(j0, j1)
+    )  # fmt: skip
+
+
+def _assert_class(probe, lo, hi, j0, j1):
+    kind, j = _classify(probe, lo, hi, j0, j1), np.arange(j0, j1)
+    see = (np.asarray(lo)[:, None] <= j) & (j < np.asarray(hi)[:, None])
+    context = (list(lo), list(hi), j0, j1)
+    assert (kind == FULL) == (see.all() and see.size > 0), context
+    assert not (kind == SKIP and see.any()), context
+    some = [(a, b) for a, b in zip(lo, hi) if a < b]
+    outside = not some or j1 <= min(a for a, _ in some) or j0 >= max(b for _, b in some)
+    assert (kind == SKIP) == outside, context
+
+
+def test_tile_classes_over_all_small_worlds(probe):
+    """S5: every pair of rows and every tile of up to 4 keys; then random taller tiles."""
+    for limits in itertools.product(range(5), repeat=4):
+        for j0, j1 in itertools.combinations(range(6), 2):
+            _assert_class(probe, limits[::2], limits[1::2], j0, j1)
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        n, j0 = rng.integers(0, 6), rng.integers(0, 6)
+        lo, hi = rng.integers(0, 5, n), rng.integers(3, 12, n)
+        _assert_class(probe, lo, hi, j0, j0 + rng.integers(1, 6))
+
+
+def test_visible_and_empty(probe):
+    for lo, hi in itertools.product(range(4), range(4)):
+        assert bool(probe.probe_empty(lo, hi)) == (lo >= hi)
+        for j in range(5):
+            assert bool(probe.probe_visible(lo, hi, ctypes.c_int64(j))) == (lo <= j < hi)
+
+
+def test_the_mask_of_a_public_call_reaches_the_same_limits(probe):
+    """Python's lengths path and the kernel's own agree."""
+    lengths = np.array([[3, 4], [0, 5], [9, -1], [6, 1]], np.int32)
+    lo, hi = _mask.arithmetic_intervals(6, 5, 1, 0, jnp.asarray(lengths))
+    for b in range(len(lengths)):
+        limits = np.zeros((6, 2), np.int32)
+        probe.probe_source(*_longs(6, 5, 1, 0), _pointer(lengths), None, None, *_longs(6, b),
+                           _pointer(limits))  # fmt: skip
+        wanted = np.stack([lo[b], hi[b]], 1)
+        assert np.array_equal(_matrix(limits, 5), _matrix(wanted, 5))

@@ -1,0 +1,180 @@
+"""Every refusal: its type, and that its text names the value and what is accepted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashattn import IntervalMask, flash_attention
+
+Q = jnp.zeros((2, 6, 4, 8))
+K = jnp.zeros((2, 5, 2, 8))
+IDS = jnp.ones((2, 6), jnp.int32)
+KEY_IDS = jnp.ones((2, 5), jnp.int32)
+
+
+def _refuses(error, words, *args, **options):
+    """The call raises exactly this type, with all words in its text."""
+    with pytest.raises(error) as info:
+        flash_attention(*args, **options)
+    assert type(info.value) is error
+    missing = [word for word in words if word not in str(info.value)]
+    assert not missing, f"{missing} not in {info.value}"
+
+
+SHAPES = (
+    ((Q[0], K, K), ["query", "4 dimensions", "(6, 4, 8)"]),
+    ((Q, K[..., 0], K), ["key", "4 dimensions", "(2, 5, 2)"]),
+    ((Q, K, K[None]), ["value", "4 dimensions", "(1, 2, 5, 2, 8)"]),
+    ((Q, K[:1], K), ["(2, 6, 4, 8)", "(1, 5, 2, 8)", "(2, 5, 2, 8)"]),
+    ((Q, K[..., :4], K), ["(2, 5, 2, 4)", "[b, sk, hk, d]"]),
+    ((Q, K, K[:, :4]), ["(2, 4, 2, 8)", "[b, sk, hk, dv]"]),
+    ((Q, K, K[:, :, :1]), ["(2, 5, 1, 8)"]),
+    ((Q[:, :, :3], K, K), ["divide", "3 query heads", "2 key heads"]),
+    ((Q, K[:, :, :0], K[:, :, :0]), ["divide", "4 query heads", "0 key heads"]),
+    ((Q[..., :0], K[..., :0], K), ["head_dim of query and key", "1 to 256", "0"]),
+    ((Q, K, K[..., :0]), ["head_dim of value", "1 to 256", "0"]),
+    ((jnp.zeros((1, 1, 1, 257)),) * 3, ["head_dim", "1 to 256", "257"]),
+)
+
+
+@pytest.mark.parametrize(("arrays", "words"), SHAPES)
+def test_shapes(arrays, words):
+    _refuses(ValueError, words, *arrays)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ((Q.astype(jnp.bfloat16), K, K), ["bfloat16, float32, float32", "one dtype"]),
+        ((Q, K, K.astype(jnp.float16)), ["float32, float32, float16", "one dtype"]),
+        ((Q.astype(jnp.int32),) * 3, ["int32", "bfloat16, float16, float32, float64"]),
+        ((Q.astype(jnp.complex64),) * 3, ["complex64", "float32"]),
+        ((Q.astype(jnp.float8_e4m3fn),) * 3, ["float8_e4m3fn", "float32"]),
+        (([[1.0]], K, K), ["query", "array", "list"]),
+        ((Q, None, K), ["key", "array", "NoneType"]),
+        ((Q, K, 3.0), ["value", "array", "float"]),
+    ],
+)
+def test_dtypes(arrays, words):
+    _refuses(TypeError, words, *arrays)
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "words"),
+    [
+        (TypeError, {"causal": 1}, ["causal", "bool", "1"]),
+        (TypeError, {"causal": None}, ["causal", "bool", "None"]),
+        (TypeError, {"deterministic": "yes"}, ["deterministic", "bool", "'yes'"]),
+        (ValueError, {"window": 7}, ["window", "pair", "7"]),
+        (ValueError, {"window": (1, 2, 3)}, ["window", "pair", "(1, 2, 3)"]),
+        (ValueError, {"window": "ab1"}, ["window", "pair", "'ab1'"]),
+        (ValueError, {"window": (-1, 0)}, ["window left", "None for unbounded", "-1"]),
+        (ValueError, {"window": (0, -2)}, ["window right", "None for unbounded", "-2"]),
+        (ValueError, {"window": (True, 0)}, ["window left", "True"]),
+        (TypeError, {"window": (1.5, 0)}, ["window left", "int", "1.5"]),
+        (TypeError, {"window": (0, "x")}, ["window right", "int", "'x'"]),
+        (TypeError, {"scale": "a"}, ["scale", "'a'"]),
+        (ValueError, {"scale": float("nan")}, ["scale", "finite", "nan"]),
+        (ValueError, {"scale": float("inf")}, ["scale", "finite", "inf"]),
+        (ValueError, {"implementation": "fast"}, ["implementation", "'fast'", "reference"]),
+    ],
+    ids=str,
+)
+def test_options(error, options, words):
+    _refuses(error, words, Q, K, K, **options)
+
+
+MASKS = (
+    (ValueError, {"lengths": jnp.ones(3, jnp.int32)}, ["lengths", "(2,)", "(3,)"]),
+    (ValueError, {"lengths": (IDS[0, :2],)}, ["lengths", "pair", "1"]),
+    (ValueError, {"lengths": (IDS[0, :2], IDS[0, :1])}, ["key lengths", "(2,)", "(1,)"]),
+    (TypeError, {"lengths": jnp.ones(2)}, ["lengths", "int32", "float32"]),
+    (TypeError, {"lengths": jnp.ones(2, jnp.int16)}, ["lengths", "int32", "int16"]),
+    (TypeError, {"lengths": 5}, ["lengths", "array", "int"]),
+    (ValueError, {"lengths": [2**40, 1]}, ["lengths", "int32", str(2**40)]),
+    (ValueError, {"segment_ids": IDS}, ["pair", "6", "5"]),
+    (ValueError, {"segment_ids": (IDS,)}, ["segment_ids", "pair", "1"]),
+    (ValueError, {"segment_ids": (KEY_IDS, KEY_IDS)}, ["query segment_ids", "(2, 6)", "(2, 5)"]),
+    (ValueError, {"segment_ids": (IDS, IDS)}, ["key segment_ids", "(2, 5)", "(2, 6)"]),
+    (TypeError, {"segment_ids": (IDS, KEY_IDS * 1.0)}, ["key segment_ids", "int32", "float32"]),
+    (TypeError, {"mask": IDS > 0}, ["mask", "IntervalMask"]),
+    (ValueError, {"mask": IntervalMask(KEY_IDS, KEY_IDS)}, ["mask.lo", "6", "(2, 5)"]),
+    (ValueError, {"mask": IntervalMask(IDS[0], IDS[0])}, ["mask.lo", "(6,)"]),
+    (ValueError, {"mask": IntervalMask(IDS, IDS[:1])}, ["mask.hi", "(2, 6)", "(1, 6)"]),
+    (TypeError, {"mask": IntervalMask(IDS * 1.0, IDS)}, ["mask.lo", "int32", "float32"]),
+    (
+        ValueError,
+        {"mask": IntervalMask(*[jnp.ones((3, 6), jnp.int32)] * 2)},
+        ["mask.lo", "2 or 1", "(3, 6)"],
+    ),
+)
+
+
+@pytest.mark.parametrize(("error", "options", "words"), MASKS)
+def test_masks(error, options, words):
+    _refuses(error, words, Q, K, K, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "words"),
+    [
+        (NotImplementedError, {"softcap": 30.0}, ["softcap"]),
+        (NotImplementedError, {"alibi_slopes": jnp.ones(4)}, ["alibi_slopes"]),
+        (NotImplementedError, {"bias": jnp.zeros((1, 1, 6, 5))}, ["bias"]),
+        (NotImplementedError, {"sinks": jnp.zeros(4)}, ["sinks"]),
+        (NotImplementedError, {"differentiation": "forward"}, ["differentiation='forward'"]),
+        (
+            NotImplementedError,
+            {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+            ["dropout_rate"],
+        ),
+        (ValueError, {"dropout_rate": 0.1}, ["dropout_rate 0.1", "dropout_key"]),
+        (ValueError, {"dropout_rate": -0.1}, ["dropout_rate", "between 0 and 1", "-0.1"]),
+        (ValueError, {"dropout_rate": 1.5}, ["dropout_rate", "between 0 and 1", "1.5"]),
+        (TypeError, {"dropout_rate": "0.1"}, ["dropout_rate", "'0.1'"]),
+        (ValueError, {"differentiation": "both"}, ["differentiation", "'both'", "'reverse'"]),
+    ],
+    ids=str,
+)
+def test_features_without_a_kernel_are_refused_by_name(error, options, words):
+    _refuses(error, words, Q, K, K, **options)
+
+
+def test_a_traced_scale_is_refused():
+    with pytest.raises(TypeError, match="scale must be a number known at trace time"):
+        jax.jit(lambda s: flash_attention(Q, K, K, scale=s))(0.5)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="is_causal"):
+        flash_attention(Q, K, K, is_causal=True)
+    with pytest.raises(TypeError, match="positional"):
+        flash_attention(Q, K, K, True)
+
+
+def test_forward_mode_is_a_clear_error():
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: flash_attention(q, K, K), (Q,), (Q,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (np.int64(3), None)},
+        {"window": [3, 0]},
+        {"scale": np.float32(0.5)},
+        {"scale": 1},
+        {"lengths": [6, 3]},
+        {"lengths": (np.array([6, 3]), [5, 2])},
+        {"segment_ids": (np.ones((2, 6), int), np.ones((2, 5), int))},
+        {"dropout_rate": 0.0, "dropout_key": None},
+        {"implementation": "kernel"},
+        {"implementation": "reference"},
+    ],
+    ids=str,
+)
+def test_accepted_spellings(options):
+    out = flash_attention(Q, K, K, **options)
+    assert out.shape == Q.shape
+    assert np.isfinite(out).all()
