@@ -12,8 +12,16 @@ def main() -> None:
     overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
     overhead.add_argument("--seconds", type=float, default=3.0)
     commands.add_parser("memory", help="peak memory at S = 65,536")
+    gpu = commands.add_parser("gpu", help="forward kernel time against cuDNN (needs a GPU)")
+    gpu.add_argument("--rounds", type=int, default=3)
+    gpu.add_argument("--iterations", type=int, default=8)
     arguments = parser.parse_args()
 
+    if arguments.command == "gpu":
+        from benchmarks import gpu
+
+        gpu.dense(arguments.rounds, arguments.iterations)
+        return
     from benchmarks import cpu
 
     if arguments.command == "cpu":

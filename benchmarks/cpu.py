@@ -81,7 +81,8 @@ def _cell(dtype: str, d: int, s: int, causal: bool, seconds: float) -> list[dict
                 "milliseconds": {n: round(t * 1e3, 3) for n, t in times.items()},
                 "gflops": {n: round(flop / t / 1e9, 1) for n, t in times.items()},
                 "vs torch": round(times["torch"] / times["ours"], 3),
-                "vs jax.nn": round(times["jax.nn"] / times["ours"], 3) if s in JAX_NN_LENGTHS
+                "vs jax.nn": round(times["jax.nn"] / times["ours"], 3)
+                if s in JAX_NN_LENGTHS
                 else None,
             }
         )

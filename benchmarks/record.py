@@ -11,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax_flashattn", "jax", "jaxlib", "torch", "numpy")
@@ -43,6 +45,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "cpu": _cpu_model(),
+        "devices": [d.device_kind for d in jax.devices()],
         "cores": len(os.sched_getaffinity(0)),
         "csrc": source_hash(),
     }
@@ -56,20 +59,22 @@ def write(name: str, rows: list[dict]) -> pathlib.Path:
     return path
 
 
-def interleaved_medians(
-    calls: dict[str, Callable[[], object]], seconds: float
-) -> dict[str, float]:
+def interleaved_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each call, taking turns so that all see the same machine.
 
-    Every call runs at least five times after one warm-up, and on until `seconds` have passed.
+    A turn is a pause, one call to warm up, and three timed calls; the pause lets the other peer's
+    worker threads, which spin for a while in case of more work, leave the cores. At least three
+    turns each, and on until `seconds` of timed calls have passed.
     """
-    for call in calls.values():
-        call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    turn = 0
+    while turn < 3 or sum(map(sum, times.values())) < seconds:
+        turn += 1
         for name, call in calls.items():
-            begin = time.perf_counter()
+            time.sleep(0.05)
             call()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(3):
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}

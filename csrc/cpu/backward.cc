@@ -178,9 +178,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const KeyGradients<typename M:
     else
       score_gradients<M, false>(t, rows, x, j0, count, c);
   }
-  if (partial && !(all_finite(t.key, even(count) * even(n.d)) &&
-                   all_finite(t.query_row, kRows * padded_dim(n.d)) &&
-                   all_finite(t.dout_row, kRows * padded_dim(n.dv))))
+  if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
     return add_visible_gradients<M>(t, to, rows, n, j0, count);
   matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
                                 t.dout_row, padded_dim(n.dv) * D, to.dv(j0), to.pitch);
@@ -204,7 +202,10 @@ void backward_group(const BackwardParams& p, const RowMap& map,
   for (int64_t x = 0; x < tiles; ++x) {
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
-    pack_tile<M, Storage>(p, buffers.of_tile(x), rows[x], b, g);
+    const auto t = buffers.of_tile(x);
+    pack_tile<M, Storage>(p, t, rows[x], b, g);
+    rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&
+                     all_finite(t.dout_row, kRows * padded_dim(n.dv));
   }
   for (int64_t j0 = all.min_lo / 2 * 2; j0 < all.max_hi; j0 += kTileKeys) {
     // Products write an even number of accumulator rows: tiles begin at an even key and have an

@@ -60,6 +60,7 @@ struct Rows {
   int64_t i[kRows];
   Interval visible[kRows];
   TileLimits limits;
+  bool finite;  // backward: what was packed of these rows
 };
 
 inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask, int64_t b,
@@ -256,20 +257,17 @@ inline void pack_rows(const Storage* src, const Rows& rows, const Sizes& n, int6
   }
 }
 
-inline bool all_finite(const float* p, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, p + k, 4);
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < 0x7f800000u;
-}
-inline bool all_finite(const double* p, int64_t count) {
-  bool finite = true;
-  for (int64_t k = 0; k < count; ++k) finite &= p[k] - p[k] == 0;
-  return finite;
+// x - x is 0 for a finite x and NaN for any other.
+template <class T>
+inline bool all_finite(const T* p, int64_t count) {
+  constexpr int L = kLanes<T>;
+  Vec<T> zeros{};
+  int64_t k = 0;
+  for (; k + L <= count; k += L) zeros += load(p + k) - load(p + k);
+  T sum = 0;
+  for (int l = 0; l < L; ++l) sum += zeros[l];
+  for (; k < count; ++k) sum += p[k] - p[k];
+  return sum == 0;
 }
 inline bool all_finite(const bf16* p, int64_t count) {
   uint16_t largest = 0;
