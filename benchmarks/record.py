@@ -62,9 +62,9 @@ def write(name: str, rows: list[dict]) -> pathlib.Path:
 def interleaved_medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each call, taking turns so that all see the same machine.
 
-    A turn is a pause, one call to warm up, and three timed calls; the pause lets the other peer's
-    worker threads, which spin for a while in case of more work, leave the cores. At least three
-    turns each, and on until `seconds` of timed calls have passed.
+    A turn is a pause, in which the other peer's spinning worker threads leave the cores; calls for
+    a tenth of a second, in which one's own are spread over the cores again; and one to three timed
+    calls. At least three turns each, and on until `seconds` of timed calls have passed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     turn = 0
@@ -72,9 +72,13 @@ def interleaved_medians(calls: dict[str, Callable[[], object]], seconds: float) 
         turn += 1
         for name, call in calls.items():
             time.sleep(0.05)
-            call()
+            warm = time.perf_counter() + 0.1
+            while time.perf_counter() < warm:
+                call()
             for _ in range(3):
                 begin = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - begin)
+                if times[name][-1] > 0.1:
+                    break
     return {name: statistics.median(values) for name, values in times.items()}

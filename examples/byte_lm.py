@@ -39,7 +39,7 @@ class Config:
 
 
 SIZES = {
-    "tiny": Config(4, 128, 4, 2, 32, 128, seq_len=1024, batch=1, steps=400, learning_rate=4e-3),
+    "tiny": Config(4, 128, 4, 2, 32, 128, seq_len=1024, batch=1, steps=1000, learning_rate=4e-3),
     "small": Config(6, 384, 6, 2, 64, 256, seq_len=2048, batch=8, steps=1000, learning_rate=2e-3),
     "base": Config(12, 768, 12, 4, 64, 512, seq_len=8192, batch=8, steps=3000, learning_rate=1e-3),
 }
