@@ -10,8 +10,8 @@
 //   query_full/query_empty   Q tile and its TileInfo; emptied when the tile's output has left
 //   info_full                TileInfo and row limits, by the scout
 //   key_full/key_empty, value_full/value_empty   K and V blocks, each in its own ring
-// Every consumer waits for and releases every block in order, also those it skips: a parity wait
-// cannot tell use u from u + 2.
+// Every consumer warp waits for and releases every block in order, also those it skips: a parity wait
+// cannot tell use u from u + 2, so no warp may fall two uses behind.
 #pragma once
 
 #include "cuda/ptx/tma.h"
@@ -396,11 +396,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     owed = -1;
   };
   const auto release_key = [&] {
-    if (leader) ptx::barrier_arrive(&smem.key_empty[key.index()]);
+    if (thread % 32 == 0) ptx::barrier_arrive(&smem.key_empty[key.index()]);
     key.next();
   };
   const auto release_value = [&] {
-    if (leader) ptx::barrier_arrive(&smem.value_empty[value.index()]);
+    if (thread % 32 == 0) ptx::barrier_arrive(&smem.value_empty[value.index()]);
     value.next();
   };
 
@@ -522,9 +522,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     for (int i = 0; i < S::kStages; ++i) {
       ptx::barrier_init(&smem.key_full[i], 1);
-      ptx::barrier_init(&smem.key_empty[i], S::kGroups);
+      ptx::barrier_init(&smem.key_empty[i], 4 * S::kGroups);
       ptx::barrier_init(&smem.value_full[i], 1);
-      ptx::barrier_init(&smem.value_empty[i], S::kGroups);
+      ptx::barrier_init(&smem.value_empty[i], 4 * S::kGroups);
     }
     ptx::barrier_init_fence();
   }
