@@ -15,8 +15,14 @@ def main() -> None:
     gpu = commands.add_parser("gpu", help="forward kernel time against cuDNN (needs a GPU)")
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--iterations", type=int, default=8)
+    commands.add_parser("table", help="write README's CPU table from the results")
     arguments = parser.parse_args()
 
+    if arguments.command == "table":
+        from benchmarks import table
+
+        table.write()
+        return
     if arguments.command == "gpu":
         from benchmarks import gpu
 

@@ -63,22 +63,23 @@ def interleaved_medians(calls: dict[str, Callable[[], object]], seconds: float) 
     """Median seconds of each call, taking turns so that all see the same machine.
 
     A turn is a pause, in which the other peer's spinning worker threads leave the cores; calls for
-    a tenth of a second, in which one's own are spread over the cores again; and one to three timed
-    calls. At least three turns each, and on until `seconds` of timed calls have passed.
+    a tenth of a second, in which one's own are spread over the cores again; and timed calls, three
+    or as many as fit 20 ms, but one if it is long. Three turns each, and on for `seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
     turn = 0
-    while turn < 3 or sum(map(sum, times.values())) < seconds:
+    while turn < 3 or time.perf_counter() < end:
         turn += 1
         for name, call in calls.items():
             time.sleep(0.05)
             warm = time.perf_counter() + 0.1
             while time.perf_counter() < warm:
                 call()
-            for _ in range(3):
+            spent: list[float] = []
+            while not spent or (sum(spent) < 0.1 and (len(spent) < 3 or sum(spent) < 0.02)):
                 begin = time.perf_counter()
                 call()
-                times[name].append(time.perf_counter() - begin)
-                if times[name][-1] > 0.1:
-                    break
+                spent.append(time.perf_counter() - begin)
+            times[name] += spent
     return {name: statistics.median(values) for name, values in times.items()}

@@ -79,6 +79,48 @@ def test_agrees_with_the_cpu_kernel(case, platform):
         np.testing.assert_allclose(a, b, atol=scale * np.abs(b).max(), err_msg=name)
 
 
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (150, 40)},
+    "documents": {"causal": True, "segment_ids": True},
+    "lengths": {"lengths": True},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_many_tiles_for_every_block(d, mask, platform):
+    """More tiles than the GPU has multiprocessors: persistent blocks take several each.
+
+    A kernel with a single query buffer once waited for itself at its second tile.
+    """
+    b, s, hq, hk = 4, 1100, 16, 4
+    rng = np.random.default_rng(d)
+    shapes = [(b, s, hq, d), (b, s, hk, d), (b, s, hk, d)]
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    options = dict(MASKS[mask])
+    if "segment_ids" in options:
+        ids = np.sort(rng.integers(0, 9, (b, s)), axis=1)
+        options["segment_ids"] = jnp.asarray(ids[:, ::-1].copy(), jnp.int32)
+    if "lengths" in options:
+        options["lengths"] = jnp.asarray(rng.integers(0, s + 1, b), jnp.int32)
+    results = []
+    for device in (platform, "cpu"):
+        moved = jax.device_put((arrays, options), jax.devices(device)[0])
+        static = {k: v for k, v in options.items() if isinstance(v, (bool, tuple))}
+        traced = {k: v for k, v in moved[1].items() if k not in static}
+        run = jax.jit(
+            lambda a, t, static=static: flash_attention(*a, return_lse=True, **static, **t)
+        )
+        results.append([np.asarray(x, np.float64) for x in run(moved[0], traced)])
+    (out, lse), (want, want_lse) = results
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    seeing = np.isfinite(want_lse)
+    np.testing.assert_allclose(lse[seeing], want_lse[seeing], atol=1e-3)
+    np.testing.assert_allclose(out, want, atol=2e-2 * np.abs(want).max())
+
+
 @cases(*(case.replace(deterministic=True) for case in VARIANTS))
 def test_deterministic_reruns_are_bitwise_equal(case, platform):
     problem = make_problem(case)
