@@ -29,8 +29,7 @@ void probe_clamped(int64_t n, const int64_t* lo, const int64_t* hi, int64_t sk, 
 
 // Limits of the rows of batch `b` of a mask as kernels receive it; null pointers are absent.
 void probe_source(int64_t sq, int64_t sk, int64_t left, int64_t right, const int32_t* lengths,
-                  const int32_t* lo, const int32_t* hi, int64_t pitch, int64_t b,
-                  int32_t* limits) {
+                  const int32_t* lo, const int32_t* hi, int64_t pitch, int64_t b, int32_t* limits) {
   Sizes n{};
   n.sq = sq;
   n.sk = sk;

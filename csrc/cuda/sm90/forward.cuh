@@ -10,8 +10,8 @@
 //   query_full/query_empty   Q tile and its TileInfo; emptied when the tile's output has left
 //   info_full                TileInfo and row limits, by the scout
 //   key_full/key_empty, value_full/value_empty   K and V blocks, each in its own ring
-// Every consumer warp waits for and releases every block in order, also those it skips: a parity wait
-// cannot tell use u from u + 2, so no warp may fall two uses behind.
+// Every consumer warp waits for and releases every block in order, also those it skips: a parity
+// wait cannot tell use u from u + 2, so no warp may fall two uses behind.
 #pragma once
 
 #include "cuda/ptx/tma.h"
