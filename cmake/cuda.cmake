@@ -88,6 +88,11 @@ foreach(d 64 96 128 192 256)
               FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
 endforeach()
 
+foreach(d 64 96 128)
+  cuda_object(sm90_backward_${d} csrc/cuda/sm90/backward.cu SPILLS 16
+              FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
+endforeach()
+
 pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc csrc/cuda/dispatch.cc
                     csrc/cuda/sm90/tensor_maps.cc ${CUDA_OBJECTS})
 target_include_directories(_cuda PRIVATE csrc)

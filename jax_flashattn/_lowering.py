@@ -23,7 +23,19 @@ def _scratch(platform: str, target: str, query, key, value) -> dict[str, ShapeDt
         return {"accumulators": _accumulators(query, key, value)}
     if platform == "CUDA" and target == _native.FORWARD:
         return {"counter": ShapeDtypeStruct((query.shape[0], key.shape[2], 1), jnp.int32)}
+    if platform == "CUDA":
+        return {"workspace": _workspace(query, key, value)}
     return {}
+
+
+def _workspace(query, key, value) -> ShapeDtypeStruct:
+    """Of the CUDA backward, cut up in csrc/cuda/sm90/backward_workspace.h."""
+    b, sq, hq, d = query.shape
+    g = key.shape[2]
+    rows = -(-sq // 128) * 128
+    width = -(-max(d, value.shape[3]) // 64) * 64
+    floats = hq // max(g, 1) * rows * (width + 2) + 2 * rows + rows // 16 + 4
+    return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 
 def _accumulators(query, key, value) -> ShapeDtypeStruct:

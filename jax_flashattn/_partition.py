@@ -7,7 +7,7 @@ call that may be partitioned is lowered with logical shapes that start with (b, 
   key, value, dk, dv     [b, g, s, d]
   lse, delta             [b, g, r, s]
   lengths, lo, hi        [b, g, n]
-  accumulators, counter  [b, g, ...] scratch
+  accumulators, counter, workspace  [b, g, ...] scratch
 
 while layouts keep the bytes where they are, b, s, h, d: the transposes cost nothing on a GPU.
 """
@@ -27,8 +27,9 @@ _FORMS = {
     "hi": ("b g n", (2, 1, 0)),
     "accumulators": ("b g w x y", (4, 3, 2, 1, 0)),
     "counter": ("b g c", (2, 1, 0)),
+    "workspace": ("b g z", (2, 1, 0)),
 }
-REPLICATED = tuple("rsdtelmnwxyc")
+REPLICATED = tuple("rsdtelmnwxycz")
 
 FORWARD = (("query", "key", "value", "lengths", "lo", "hi"), ("out", "statistic"))
 BACKWARD = (

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/attention.h"
+#include "cuda/sm90/backward_workspace.h"
 #include "ffi/decode.h"
 
 namespace jax_flashattn {
@@ -34,10 +35,15 @@ ffi::Error forward(cudaStream_t stream, double scale, int64_t left, int64_t righ
 ffi::Error backward(cudaStream_t stream, double scale, int64_t left, int64_t right, bool,
                     AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
                     AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta, Result dq,
-                    Result dk, Result dv) {
+                    Result dk, Result dv, Result workspace) {
   BackwardParams p;
   const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
   if (auto e = decode_backward(in, {dout, lse, delta}, {*dq, *dk, *dv}, &p); e.failure()) return e;
+  if (auto e = expect("workspace", *workspace, {p.n.b, p.n.g, cuda::sm90::workspace_floats(p.n)},
+                      ffi::DataType::F32);
+      e.failure())
+    return e;
+  p.scratch = workspace->untyped_data();
   return launched(cuda::backward(p, stream));
 }
 
@@ -77,7 +83,8 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                            .Arg<AnyBuffer>()   // delta
                            .Ret<AnyBuffer>()   // dq
                            .Ret<AnyBuffer>()   // dk
-                           .Ret<AnyBuffer>(),  // dv
+                           .Ret<AnyBuffer>()   // dv
+                           .Ret<AnyBuffer>(),  // workspace [b, g, workspace_floats]
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

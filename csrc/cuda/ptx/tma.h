@@ -16,6 +16,15 @@ static __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap*
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// A plain run of bytes, a multiple of 16.
+static __device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes,
+                                                 uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
 static __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, int c0,
                                                  int c1, int c2, int c3) {
   asm volatile(
@@ -33,6 +42,12 @@ static __device__ __forceinline__ void tma_wait_read() {
 }
 static __device__ __forceinline__ void tma_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Adds four floats to global memory.
+static __device__ __forceinline__ void reduce_add(float* global, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 static __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -14,9 +14,8 @@
 // wait cannot tell use u from u + 2, so no warp may fall two uses behind.
 #pragma once
 
-#include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/tensor_maps.h"
+#include "cuda/sm90/pipeline.cuh"
 #include "semantics/params.h"
 
 namespace jax_flashattn::cuda::sm90 {
@@ -78,16 +77,6 @@ struct ForwardMaps {
   CUtensorMap query, key, value, out;
 };
 
-// A position in a ring of buffers: which one, and the parity of its barriers.
-template <int kCount>
-struct Ring {
-  static_assert((kCount & (kCount - 1)) == 0, "one counter serves both");
-  int uses = 0;
-  __device__ int index() const { return uses % kCount; }
-  __device__ int parity() const { return uses / kCount % 2; }
-  __device__ void next() { ++uses; }
-};
-
 // Tiles in the order blocks take them: sections of heads whose keys and values stay in L2 together;
 // within a section last rows first (under a causal mask the longest) and heads fastest.
 struct TileOrder {
@@ -101,9 +90,6 @@ struct TileOrder {
     return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows};
   }
 };
-
-__device__ __forceinline__ int warp_min(int x) { return __reduce_min_sync(0xffffffffu, x); }
-__device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // Limits of a tile's rows and their ranges, to shared memory.
 template <class S>
@@ -170,16 +156,6 @@ __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& s
   }
 }
 
-// `count` boxes of `rows` x kChunk, one per chunk of the head dim.
-template <class S>
-__device__ __forceinline__ void load_tile(typename S::T* shared, const CUtensorMap* map,
-                                          uint64_t* full, int rows, int head, int row, int b) {
-  ptx::barrier_expect(full, rows * S::kWidth * 2);
-#pragma unroll
-  for (int c = 0; c < S::kChunks; ++c)
-    ptx::tma_load(shared + c * rows * kChunk, map, full, c * kChunk, head, row, b);
-}
-
 template <class S>
 __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   Ring<S::kQueries> query;
@@ -190,21 +166,22 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
     const int blocks = smem.info[i].blocks, first = smem.info[i].first_key;
     if (blocks == kNoMoreTiles) return;
     const TilePlace at = smem.info[i].at;
-    load_tile<S>(smem.query[i], &maps.query, &smem.query_full[i], S::kRows, at.head, at.row, at.b);
+    load_tile<S::kRows, S::kChunks>(smem.query[i], &maps.query, &smem.query_full[i], at.head,
+                                    at.row, at.b);
     // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
     for (int n = 0; n <= blocks; ++n) {
       if (n < blocks) {
         const int x = key.index();
         ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
-        load_tile<S>(smem.key[x], &maps.key, &smem.key_full[x], S::kKeys, at.head / group,
-                     first + n * S::kKeys, at.b);
+        load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], at.head / group,
+                                        first + n * S::kKeys, at.b);
         key.next();
       }
       if (n > 0) {
         const int x = value.index();
         ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
-        load_tile<S>(smem.value[x], &maps.value, &smem.value_full[x], S::kKeys, at.head / group,
-                     first + (n - 1) * S::kKeys, at.b);
+        load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x],
+                                        at.head / group, first + (n - 1) * S::kKeys, at.b);
         value.next();
       }
     }

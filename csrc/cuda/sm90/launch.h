@@ -13,9 +13,11 @@ struct Device {
   int index, multiprocessors;
 };
 
-// One instance per head dim, each in its own object (sm90/forward.cu).
+// One instance per head dim, each in its own object (sm90/forward.cu, sm90/backward.cu).
 template <int kHeadDim>
 std::string forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
+template <int kHeadDim>
+std::string backward(const BackwardParams& p, const Device& device, cudaStream_t stream);
 
 #ifdef __CUDACC__
 template <class... Parameters, class... Arguments>

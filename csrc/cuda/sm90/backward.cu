@@ -1,0 +1,60 @@
+// Instances of the backward kernels and their launch; compiled once per head dim (SM90_HEAD_DIM).
+#include <string>
+
+#include "cuda/sm90/backward.cuh"
+#include "cuda/sm90/backward_edges.cuh"
+#include "cuda/sm90/launch.h"
+
+namespace jax_flashattn::cuda::sm90 {
+namespace {
+
+template <class T, int kD>
+struct TunedBackward : BackwardShape<T, kD, 64> {};
+template <class T>
+struct TunedBackward<T, 64> : BackwardShape<T, 64, 128> {};
+
+template <class S>
+std::string launch(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  using T = typename S::T;
+  const Sizes& n = p.n;
+  BackwardMaps maps;
+  const int64_t hq = n.g * n.r;
+  const bool mapped = make_tensor_map(&maps.query, p.q, p.dtype, n.b, n.sq, hq, n.d, S::kRows) &&
+                      make_tensor_map(&maps.key, p.k, p.dtype, n.b, n.sk, n.g, n.d, S::kKeys) &&
+                      make_tensor_map(&maps.value, p.v, p.dtype, n.b, n.sk, n.g, n.dv, S::kKeys) &&
+                      make_tensor_map(&maps.dout, p.dout, p.dtype, n.b, n.sq, hq, n.dv, S::kRows) &&
+                      make_tensor_map(&maps.dk, p.dk, p.dtype, n.b, n.sk, n.g, n.d, 64) &&
+                      make_tensor_map(&maps.dv, p.dv, p.dtype, n.b, n.sk, n.g, n.dv, 64);
+  if (!mapped) return "the driver refused a tensor map";
+  const BackwardWorkspace w(p.scratch, n);
+  if (cudaMemsetAsync(w.dq, 0, w.zeroed_bytes, stream) != cudaSuccess)
+    return "the gradient accumulators could not be reset";
+  const int tiles = static_cast<int>((n.sq + S::kRows - 1) / S::kRows);
+  const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * (S::kRows / 64) * S::kChunks;
+  const dim3 prepare_grid(static_cast<unsigned>(row_tiles),
+                          static_cast<unsigned>(hq < 16 ? hq : 16));
+  prepare_backward_kernel<S::kRows><<<prepare_grid, S::kRows, 0, stream>>>(p, w, tiles);
+  const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
+  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles,
+                           static_cast<int>(n.g * n.b)};
+  constexpr int kBytes = sizeof(BackwardSmem<S>);
+  static_assert(kBytes <= 232448, "more shared memory than a block has");
+  std::string error =
+      launch_kernel("sm90 backward", backward_kernel<S>, static_cast<int>(n.g * n.b * key_tiles),
+                    S::kThreads, kBytes, device, stream, maps, p, w, order);
+  if (!error.empty()) return error;
+  return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,
+                       static_cast<int>(pieces), 128, 0, device, stream, p, w, tiles);
+}
+
+}  // namespace
+
+template <>
+std::string backward<SM90_HEAD_DIM>(const BackwardParams& p, const Device& device,
+                                    cudaStream_t stream) {
+  if (p.dtype == DType::kBF16)
+    return launch<TunedBackward<__nv_bfloat16, SM90_HEAD_DIM>>(p, device, stream);
+  return launch<TunedBackward<__half, SM90_HEAD_DIM>>(p, device, stream);
+}
+
+}  // namespace jax_flashattn::cuda::sm90

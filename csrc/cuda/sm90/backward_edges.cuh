@@ -1,0 +1,90 @@
+// What runs before and after the Hopper backward: statistics and limits in tiles, dq to 16 bits.
+#pragma once
+
+#include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/backward_workspace.h"
+#include "cuda/sm90/pipeline.cuh"
+
+namespace jax_flashattn::cuda::sm90 {
+
+// Grid: (batch * row tiles, some heads), kRows threads. Writes statistics, and (y = 0) limits,
+// ranges and key_range. Rows past the sequence and rows that see nothing get lse = inf: their
+// probabilities are 0 (S11).
+template <int kRows>
+__global__ void __launch_bounds__(kRows)
+    prepare_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles) {
+  const int b = blockIdx.x / tiles, tile = blockIdx.x % tiles, thread = threadIdx.x;
+  const int row = tile * kRows + thread;
+  const bool real = row < p.n.sq;
+  const Interval v = real ? row_interval(p.mask, p.n, b, row) : Interval{0, 0};
+  const int heads = static_cast<int>(p.n.g * p.n.r);
+  for (int h = blockIdx.y; h < heads; h += gridDim.y) {
+    const int64_t at = (int64_t(b) * heads + h) * p.n.sq + row;
+    float* to = w.statistics + ((int64_t(b) * heads + h) * tiles + tile) * 2 * kRows + thread;
+    to[0] = empty(v) ? INFINITY : static_cast<const float*>(p.lse)[at] * 1.4426950408889634f;
+    to[kRows] = empty(v) ? 0.0f : static_cast<const float*>(p.delta)[at];
+  }
+  if (blockIdx.y != 0) return;
+  int* limits = w.limits + blockIdx.x * int64_t(2 * kRows) + thread;
+  limits[0] = v.lo;
+  limits[kRows] = v.hi;
+  const TileLimits row_limits = add_row(no_rows(), v);
+  __shared__ int4 shared[kRows / 32];
+  const int4 mine = make_int4(warp_min(row_limits.min_lo), warp_max(row_limits.max_hi),
+                              warp_max(row_limits.max_lo), warp_min(row_limits.min_hi));
+  if (thread % 32 == 0) shared[thread / 32] = mine;
+  __syncthreads();
+  if (thread != 0) return;
+  TileLimits all = no_rows();
+  for (const int4& x : shared) all = unite(all, {x.x, x.y, x.z, x.w});
+  w.ranges[blockIdx.x] = make_int4(all.min_lo, all.max_hi, all.max_lo, all.min_hi);
+  atomicMax(&w.key_range[b].x, INT32_MAX - all.min_lo);
+  atomicMax(&w.key_range[b].y, all.max_hi);
+}
+
+// Grid: one block of 128 threads per 64 x 64 piece of dq, in the order of the accumulators. Four
+// lanes hold eight columns of a row; they trade pieces so that each writes 16 bytes.
+template <class T, int kRows, int kWidth>
+__global__ void __launch_bounds__(128)
+    finish_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles) {
+  constexpr int kPieces = kRows / 64 * kWidth / 64;
+  const int piece = blockIdx.x % kPieces;
+  const int64_t tile_of_all = blockIdx.x / kPieces;
+  const int tile = static_cast<int>(tile_of_all % tiles), thread = threadIdx.x, lane = thread % 32;
+  const int64_t bh = tile_of_all / tiles, heads = p.n.g * p.n.r, b = bh / heads, h = bh % heads;
+  const int row_piece = kRows == 64 ? 0 : piece, column_piece = kRows == 64 ? piece : 0;
+  const float scale = static_cast<float>(p.scale);
+  const auto* from = reinterpret_cast<const float4*>(w.dq) + int64_t(blockIdx.x) * 8 * 128 + thread;
+  uint32_t x[2][8];  // [row or row + 8][8-column group]: two columns each
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float4 v = from[j * 128];
+    x[0][j] = ptx::pack(v.x * scale, v.y * scale, T());
+    x[1][j] = ptx::pack(v.z * scale, v.w * scale, T());
+  }
+  const int quarter = lane % 4, row = tile * kRows + row_piece * 64 + thread / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j0 = 0; j0 < 8; j0 += 4) {
+      uint32_t mine[4];  // group j0 + quarter, from the four lanes
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        // Lane q sends group q ^ step to lane q ^ step, and receives its own from there.
+        const int other = quarter ^ step;
+        const uint32_t low = other & 1 ? x[half][j0 + 1] : x[half][j0];
+        const uint32_t high = other & 1 ? x[half][j0 + 3] : x[half][j0 + 2];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, other & 2 ? high : low, step);
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          if (q == other) mine[q] = got;
+      }
+      const int column = column_piece * 64 + (j0 + quarter) * 8, i = row + 8 * half;
+      if (i < p.n.sq && column < p.n.d)
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.dq) + ((b * p.n.sq + i) * heads + h) * p.n.d +
+                                  column) = make_uint4(mine[0], mine[1], mine[2], mine[3]);
+    }
+  }
+}
+
+}  // namespace jax_flashattn::cuda::sm90

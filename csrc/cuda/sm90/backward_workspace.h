@@ -1,0 +1,47 @@
+// Scratch of the Hopper backward: one float buffer, cut into arrays. jax_flashattn/_lowering.py
+// allocates it as [b, g, workspace_floats(n)].
+//
+//   dq          [b, h, tiles, width / 64 or 128 / rows..., 8, 128] float4, accumulator order
+//   key_range   [b] int4: INT32_MAX - first, and end, of the keys that any row sees
+//   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta
+//   limits      [b, tiles, 2, rows] int32: lo, hi
+//   ranges      [b, tiles] int4: TileLimits
+#pragma once
+
+#include "semantics/params.h"
+
+namespace jax_flashattn::cuda::sm90 {
+
+constexpr int kRowPadding = 128;  // rows of a tile divide it
+
+inline int64_t padded_rows(const Sizes& n) {
+  return (n.sq + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
+// Columns of dq in whole chunks.
+inline int64_t padded_width(const Sizes& n) { return ((n.d > n.dv ? n.d : n.dv) + 63) / 64 * 64; }
+
+inline int64_t workspace_floats(const Sizes& n) {
+  const int64_t rows = padded_rows(n);
+  return n.r * rows * (padded_width(n) + 2) + 2 * rows + rows / 16 + 4;
+}
+
+struct BackwardWorkspace {
+  float* dq;
+  int4* key_range;
+  float* statistics;
+  int* limits;
+  int4* ranges;
+  int64_t zeroed_bytes;  // from dq on: dq and key_range
+
+  BackwardWorkspace(void* memory, const Sizes& n) {
+    const int64_t rows = padded_rows(n), heads = n.b * n.g * n.r;
+    dq = static_cast<float*>(memory);
+    key_range = reinterpret_cast<int4*>(dq + heads * rows * padded_width(n));
+    statistics = reinterpret_cast<float*>(key_range + n.b);
+    limits = reinterpret_cast<int*>(statistics + heads * rows * 2);
+    ranges = reinterpret_cast<int4*>(limits + n.b * rows * 2);
+    zeroed_bytes = reinterpret_cast<char*>(statistics) - reinterpret_cast<char*>(dq);
+  }
+};
+
+}  // namespace jax_flashattn::cuda::sm90
