@@ -35,6 +35,12 @@ static __device__ __forceinline__ void pin(float (&r)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
+// The same before a product that overwrites its accumulator: what was there is dead.
+template <int kCount>
+static __device__ __forceinline__ void pin_dead(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(r[i])::"memory");
+}
 template <int kRows, int kCount>
 static __device__ __forceinline__ void pin(uint32_t (&r)[kRows][kCount]) {
 #pragma unroll

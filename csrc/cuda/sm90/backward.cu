@@ -13,6 +13,10 @@ struct TunedBackward : BackwardShape<T, kD, 64> {};
 template <class T>
 struct TunedBackward<T, 64> : BackwardShape<T, 64, 128> {};
 
+// Key heads that are worked on together: few enough that Q, dO and dQ of their query heads stay in
+// L2, enough that tiles of all lengths are in flight.
+int section(const BackwardParams& p) { return static_cast<int>(p.n.r < 16 ? 16 / p.n.r : 1); }
+
 template <class S>
 std::string launch(const BackwardParams& p, const Device& device, cudaStream_t stream) {
   using T = typename S::T;
@@ -27,16 +31,16 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
                       make_tensor_map(&maps.dv, p.dv, p.dtype, n.b, n.sk, n.g, n.dv, 64);
   if (!mapped) return "the driver refused a tensor map";
   const BackwardWorkspace w(p.scratch, n);
-  if (cudaMemsetAsync(w.dq, 0, w.zeroed_bytes, stream) != cudaSuccess)
-    return "the gradient accumulators could not be reset";
+  if (cudaMemsetAsync(w.key_range, 0, n.b * sizeof(int4), stream) != cudaSuccess)
+    return "the range of keys could not be reset";
   const int tiles = static_cast<int>((n.sq + S::kRows - 1) / S::kRows);
   const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * (S::kRows / 64) * S::kChunks;
   const dim3 prepare_grid(static_cast<unsigned>(row_tiles),
                           static_cast<unsigned>(hq < 16 ? hq : 16));
-  prepare_backward_kernel<S::kRows><<<prepare_grid, S::kRows, 0, stream>>>(p, w, tiles);
+  prepare_backward_kernel<S::kRows, S::kWidth>
+      <<<prepare_grid, kPrepareThreads, 0, stream>>>(p, w, tiles);
   const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
-  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles,
-                           static_cast<int>(n.g * n.b)};
+  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p)};
   constexpr int kBytes = sizeof(BackwardSmem<S>);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
   std::string error =

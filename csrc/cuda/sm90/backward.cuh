@@ -10,6 +10,7 @@
 //   key_full, value_full       once
 //   query_full/query_empty     Q, statistics, limits and the Step
 //   dout_full/dout_empty       dO
+//   dscore_full/dscore_empty   dS^T of one step, filled by every consumer warp
 // Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
 #pragma once
 
@@ -58,6 +59,7 @@ struct BackwardSmem {
   uint64_t key_full, value_full;
   uint64_t query_full[S::kStages], query_empty[S::kStages];
   uint64_t dout_full[S::kStages], dout_empty[S::kStages];
+  uint64_t dscore_full[2], dscore_empty[2];
 };
 
 struct BackwardMaps {
@@ -316,22 +318,37 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                            S::kRows);
   };
 
-  const auto add_dq = [&](const Step& step) {
-    const int64_t tile = (at.b * heads + step.head) * tiles + step.row / S::kRows;
+  // dQ lags a step behind: the other warpgroup's part of dS^T is then long there.
+  const auto issue_dq = [&](int turn) {
+    const uint64_t dscore =
+        ptx::descriptor(smem.dscore[turn & 1] + (kSplitColumns ? 0 : group * S::kKeys * kChunk));
+#pragma unroll
+    for (int k = 0; k < S::kKeys / 16; ++k)
+      ptx::WgmmaShared<T, 64, 1, 1>::issue(t.dq, ptx::advanced(dscore, k * 16 * 128),
+                                           ptx::advanced(key_columns, k * 16 * 128), k > 0);
+    ptx::wgmma_commit();
+  };
+  const auto finish_dq = [&](int turn, int64_t tile) {
+    if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
     float* const dq = w.dq + (tile * 2 + group) * (64 * 64) + thread * 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       ptx::reduce_add(dq + j * 512,
                       {t.dq[4 * j], t.dq[4 * j + 1], t.dq[4 * j + 2], t.dq[4 * j + 3]});
   };
+  const auto tile_of = [&](const Step& step) {
+    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+  };
 
   Step step = wait_for_step();
   if (step.row != kNoMoreSteps) {
     issue_scores();
-    for (int turn = 0;; ++turn) {
+    int64_t tile = tile_of(step), previous = 0;
+    int turn = 0;
+    for (;; ++turn) {
       const int s = ring.index();
       ptx::barrier_wait(&smem.dout_full[s], ring.parity());
-      ptx::pin(t.dprobability);
+      ptx::pin_dead(t.dprobability);
       ptx::wgmma_fence();
       issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::descriptor(smem.dout[s]),
                              S::kRows);
@@ -345,27 +362,23 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       score_gradients<S>(t, smem.statistics[s][1], step.partial);
       if constexpr (S::kRows != 64) round_fragment<T>(t.score, t.probability);
       round_fragment<T>(t.dprobability, t.dscore);
-      T* const dscore = smem.dscore[turn % 2];
-      store_fragment<S::kKeys>(dscore, 64 * group, t.dscore);
+      ptx::barrier_wait(&smem.dscore_empty[turn & 1], turn >> 1 & 1 ^ 1);
+      store_fragment<S::kKeys>(smem.dscore[turn & 1], 64 * group, t.dscore);
+      ptx::proxy_fence();
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[turn & 1]);
 
+      // In the first turn dQ is of whatever lies there, for nobody: a product issued under a
+      // condition would make ptxas wait for all of them.
+      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[turn - 1 & 1], turn - 1 >> 1 & 1);
       ptx::pin(t.dv);
       ptx::pin(t.probability);
-      ptx::wgmma_fence();
-      issue_update<S>(t.dv, t.probability, ptx::descriptor(smem.dout[s], S::kRows * 128));
-      ptx::proxy_fence();
-      ptx::named_sync(kBoth,
-                      256);  // dS^T of all keys; also: nobody reads the other buffer any more
-      ptx::pin(t.dq);
+      ptx::pin_dead(t.dq);
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
       ptx::wgmma_fence();
-      const uint64_t dscore_rows =
-          ptx::descriptor(dscore + (kSplitColumns ? 0 : group * S::kKeys * kChunk));
-#pragma unroll
-      for (int k = 0; k < S::kKeys / 16; ++k)
-        ptx::WgmmaShared<T, 64, 1, 1>::issue(t.dq, ptx::advanced(dscore_rows, k * 16 * 128),
-                                             ptx::advanced(key_columns, k * 16 * 128), k > 0);
-      ptx::wgmma_commit();
+      issue_update<S>(t.dv, t.probability, ptx::descriptor(smem.dout[s], S::kRows * 128));
+      issue_dq(turn - 1);
       issue_update<S>(t.dk, t.dscore, ptx::descriptor(smem.query[s], S::kRows * 128));
 
       ring.next();
@@ -375,7 +388,6 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::pin(t.probability);
       ptx::pin(t.dq);
       if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
-      add_dq(step);
       // The way out has its own wait, in front of the next product: otherwise ptxas serialises all.
       if (next.row == kNoMoreSteps) {
         ptx::wgmma_wait<0>();
@@ -384,12 +396,23 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
         break;
       }
       issue_scores();
+      if (turn > 0) finish_dq(turn - 1, previous);
       ptx::wgmma_wait<1>();  // dK is done
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
       if (lane == 0) ptx::barrier_arrive(&smem.query_empty[s]);
       step = next;
+      previous = tile;
+      tile = tile_of(step);
     }
+    if (turn > 0) finish_dq(turn - 1, previous);
+    ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
+    ptx::pin_dead(t.dq);
+    ptx::wgmma_fence();
+    issue_dq(turn);
+    ptx::wgmma_wait<0>();
+    ptx::pin(t.dq);
+    finish_dq(turn, tile);
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K any more
 
@@ -429,6 +452,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       ptx::barrier_init(&smem.dout_full[i], 1);
       ptx::barrier_init(&smem.query_empty[i], 8);
       ptx::barrier_init(&smem.dout_empty[i], 8);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::barrier_init(&smem.dscore_full[i], 8);
+      ptx::barrier_init(&smem.dscore_empty[i], 8);
     }
     ptx::barrier_init_fence();
   }

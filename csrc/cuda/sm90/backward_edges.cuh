@@ -7,32 +7,41 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-// Grid: (batch * row tiles, some heads), kRows threads. Writes statistics, and (y = 0) limits,
-// ranges and key_range. Rows past the sequence and rows that see nothing get lse = inf: their
-// probabilities are 0 (S11).
-template <int kRows>
-__global__ void __launch_bounds__(kRows)
+// Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes dq and writes statistics; y = 0
+// also writes limits, ranges and key_range. Rows past the sequence and rows that see nothing get
+// lse = inf: their probabilities are 0 (S11).
+constexpr int kPrepareThreads = 256;
+template <int kRows, int kWidth>
+__global__ void __launch_bounds__(kPrepareThreads)
     prepare_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles) {
   const int b = blockIdx.x / tiles, tile = blockIdx.x % tiles, thread = threadIdx.x;
   const int row = tile * kRows + thread;
-  const bool real = row < p.n.sq;
-  const Interval v = real ? row_interval(p.mask, p.n, b, row) : Interval{0, 0};
+  const bool mine = thread < kRows;
+  const Interval v = mine && row < p.n.sq ? row_interval(p.mask, p.n, b, row) : Interval{0, 0};
   const int heads = static_cast<int>(p.n.g * p.n.r);
   for (int h = blockIdx.y; h < heads; h += gridDim.y) {
+    const int64_t tile_of_all = (int64_t(b) * heads + h) * tiles + tile;
+    auto* dq = reinterpret_cast<float4*>(w.dq + tile_of_all * kRows * kWidth);
+#pragma unroll 8
+    for (int i = thread; i < kRows * kWidth / 4; i += kPrepareThreads)
+      dq[i] = make_float4(0, 0, 0, 0);
+    if (!mine) continue;
     const int64_t at = (int64_t(b) * heads + h) * p.n.sq + row;
-    float* to = w.statistics + ((int64_t(b) * heads + h) * tiles + tile) * 2 * kRows + thread;
+    float* to = w.statistics + tile_of_all * 2 * kRows + thread;
     to[0] = empty(v) ? INFINITY : static_cast<const float*>(p.lse)[at] * 1.4426950408889634f;
     to[kRows] = empty(v) ? 0.0f : static_cast<const float*>(p.delta)[at];
   }
   if (blockIdx.y != 0) return;
-  int* limits = w.limits + blockIdx.x * int64_t(2 * kRows) + thread;
-  limits[0] = v.lo;
-  limits[kRows] = v.hi;
-  const TileLimits row_limits = add_row(no_rows(), v);
   __shared__ int4 shared[kRows / 32];
-  const int4 mine = make_int4(warp_min(row_limits.min_lo), warp_max(row_limits.max_hi),
-                              warp_max(row_limits.max_lo), warp_min(row_limits.min_hi));
-  if (thread % 32 == 0) shared[thread / 32] = mine;
+  if (mine) {
+    int* limits = w.limits + blockIdx.x * int64_t(2 * kRows) + thread;
+    limits[0] = v.lo;
+    limits[kRows] = v.hi;
+    const TileLimits x = add_row(no_rows(), v);
+    const int4 all =
+        make_int4(warp_min(x.min_lo), warp_max(x.max_hi), warp_max(x.max_lo), warp_min(x.min_hi));
+    if (thread % 32 == 0) shared[thread / 32] = all;
+  }
   __syncthreads();
   if (thread != 0) return;
   TileLimits all = no_rows();

@@ -31,7 +31,6 @@ struct BackwardWorkspace {
   float* statistics;
   int* limits;
   int4* ranges;
-  int64_t zeroed_bytes;  // from dq on: dq and key_range
 
   BackwardWorkspace(void* memory, const Sizes& n) {
     const int64_t rows = padded_rows(n), heads = n.b * n.g * n.r;
@@ -40,7 +39,6 @@ struct BackwardWorkspace {
     statistics = reinterpret_cast<float*>(key_range + n.b);
     limits = reinterpret_cast<int*>(statistics + heads * rows * 2);
     ranges = reinterpret_cast<int4*>(limits + n.b * rows * 2);
-    zeroed_bytes = reinterpret_cast<char*>(statistics) - reinterpret_cast<char*>(dq);
   }
 };
 
