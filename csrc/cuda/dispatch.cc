@@ -54,7 +54,9 @@ std::string sm90_backward(const BackwardParams& p, const sm90::Device& device,
   const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
   if (d <= 64) return sm90::backward<64>(p, device, stream);
   if (d <= 96) return sm90::backward<96>(p, device, stream);
-  return sm90::backward<128>(p, device, stream);
+  if (d <= 128) return sm90::backward<128>(p, device, stream);
+  if (d <= 192) return sm90::backward<192>(p, device, stream);
+  return sm90::backward<256>(p, device, stream);
 }
 
 }  // namespace
@@ -74,8 +76,7 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
-  const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
-  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 && d <= 128)
+  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0)
     return sm90_backward(p, {index, facts.multiprocessors}, stream);
   return plain::backward(p, stream);
 }

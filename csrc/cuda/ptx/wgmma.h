@@ -61,6 +61,14 @@ static __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return r;
 }
 
+// One of two packed numbers.
+static __device__ __forceinline__ float unpack(uint32_t pair, int high, __nv_bfloat16) {
+  return __uint_as_float(high ? pair & 0xffff0000u : pair << 16);
+}
+static __device__ __forceinline__ float unpack(uint32_t pair, int high, __half) {
+  return __half2float(__ushort_as_half(high ? pair >> 16 : pair & 0xffffu));
+}
+
 static __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -3,15 +3,32 @@
 
 #include "cuda/sm90/backward.cuh"
 #include "cuda/sm90/backward_edges.cuh"
+#include "cuda/sm90/backward_wide.cuh"
 #include "cuda/sm90/launch.h"
 
 namespace jax_flashattn::cuda::sm90 {
 namespace {
 
 template <class T, int kD>
-struct TunedBackward : BackwardShape<T, kD, 64> {};
+struct TunedBackward : BackwardShape<T, kD, 64, 128> {};
 template <class T>
-struct TunedBackward<T, 64> : BackwardShape<T, 64, 128> {};
+struct TunedBackward<T, 64> : BackwardShape<T, 64, 128, 128> {};
+template <class T>
+struct TunedBackward<T, 192> : BackwardShape<T, 192, 64, 64> {};
+template <class T>
+struct TunedBackward<T, 256> : BackwardShape<T, 256, 64, 64> {};
+
+// The kernel of a shape and its shared memory.
+template <class S, bool kWide = (S::kD > 128)>
+struct Kernel {
+  static constexpr auto kFunction = backward_kernel<S>;
+  using Smem = BackwardSmem<S>;
+};
+template <class S>
+struct Kernel<S, true> {
+  static constexpr auto kFunction = backward_wide_kernel<S>;
+  using Smem = WideSmem<S>;
+};
 
 // Key heads that are worked on together: few enough that Q, dO and dQ of their query heads stay in
 // L2, enough that tiles of all lengths are in flight.
@@ -34,17 +51,17 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
   if (cudaMemsetAsync(w.key_range, 0, n.b * sizeof(int4), stream) != cudaSuccess)
     return "the range of keys could not be reset";
   const int tiles = static_cast<int>((n.sq + S::kRows - 1) / S::kRows);
-  const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * (S::kRows / 64) * S::kChunks;
+  const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * S::kPieces;
   const dim3 prepare_grid(static_cast<unsigned>(row_tiles),
                           static_cast<unsigned>(hq < 16 ? hq : 16));
   prepare_backward_kernel<S::kRows, S::kWidth>
       <<<prepare_grid, kPrepareThreads, 0, stream>>>(p, w, tiles);
   const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
   const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p)};
-  constexpr int kBytes = sizeof(BackwardSmem<S>);
+  constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
   std::string error =
-      launch_kernel("sm90 backward", backward_kernel<S>, static_cast<int>(n.g * n.b * key_tiles),
+      launch_kernel("sm90 backward", Kernel<S>::kFunction, static_cast<int>(n.g * n.b * key_tiles),
                     S::kThreads, kBytes, device, stream, maps, p, w, order);
   if (!error.empty()) return error;
   return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,

@@ -1,0 +1,324 @@
+// What both backward kernels share: shapes, the loading warp, steps, and fragments of S^T and dP^T.
+//
+// A block works on kKeys keys of one key head. K and V stay in shared memory; the block walks the
+// tiles of kRows query rows that see any of its keys, for each query head of the group. One such
+// tile is a step. Scores are transposed, keys down and rows across.
+//
+// Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by every consumer warp):
+//   key_full, value_full       once
+//   query_full/query_empty     Q, statistics, limits and the Step
+//   dout_full/dout_empty       dO
+//   dscore_full/dscore_empty   dS^T of one step
+// Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
+#pragma once
+
+#include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/backward_workspace.h"
+#include "cuda/sm90/pipeline.cuh"
+
+namespace jax_flashattn::cuda::sm90 {
+
+template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock>
+struct BackwardShape {
+  using T = Element;
+  static constexpr int kD = kHeadDim;
+  static constexpr int kRows = kRowBlock;
+  static constexpr int kKeys = kKeyBlock;
+  static constexpr int kStages = 2;
+  static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
+  static constexpr int kWidth = kChunks * kChunk;
+  static constexpr int kThreads = 128 * 3;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
+};
+
+constexpr int kBoth = 1, kOwn = 2;
+
+// One tile of query rows.
+struct Step {
+  int row;              // first row, or kNoMoreSteps
+  int head;             // of all query heads
+  int partial, hidden;  // some row sees only some of the keys; some row sees nothing at all
+};
+constexpr int kNoMoreSteps = -1;
+
+template <class S>
+struct BackwardSmem {
+  alignas(1024) typename S::T key[S::kKeys * S::kWidth];
+  alignas(1024) typename S::T value[S::kKeys * S::kWidth];
+  alignas(1024) typename S::T query[S::kStages][S::kRows * S::kWidth];
+  alignas(1024) typename S::T dout[S::kStages][S::kRows * S::kWidth];
+  alignas(1024) typename S::T dscore[2][S::kKeys * S::kRows];
+  alignas(16) float statistics[S::kStages][2][S::kRows];
+  alignas(16) int limits[S::kStages][2][S::kRows];
+  Step step[S::kStages];
+  uint64_t key_full, value_full;
+  uint64_t query_full[S::kStages], query_empty[S::kStages];
+  uint64_t dout_full[S::kStages], dout_empty[S::kStages];
+  uint64_t dscore_full[2], dscore_empty[2];
+};
+
+struct BackwardMaps {
+  CUtensorMap query, key, value, dout, dk, dv;
+};
+
+// Key tiles in the order blocks take them: sections of key heads that share L2; within a section
+// first keys first (under a causal mask the longest) and heads fastest.
+struct KeyTileOrder {
+  int heads, batches, key_tiles, section;
+  struct Place {
+    int b, head, key;
+  };
+  __device__ Place place(int tile, int keys) const {
+    const int first = tile / (section * key_tiles) * section;
+    const int inside = tile - first * key_tiles, width = min(section, heads * batches - first);
+    const int head = first + inside % width;
+    return {head / heads, head % heads, inside / width * keys};
+  }
+};
+
+template <class S>
+__device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
+                           const BackwardWorkspace& w, const KeyTileOrder::Place& at,
+                           BackwardSmem<S>& smem) {
+  const int lane = threadIdx.x % 32, group = static_cast<int>(p.n.r);
+  const bool leader = lane == 0;
+  if (leader) {
+    load_tile<S::kKeys, S::kChunks>(smem.key, &maps.key, &smem.key_full, at.head, at.key, at.b);
+    load_tile<S::kKeys, S::kChunks>(smem.value, &maps.value, &smem.value_full, at.head, at.key,
+                                    at.b);
+  }
+  const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
+  const int64_t first_tile = int64_t(at.b) * tiles;
+  Ring<S::kStages> ring;
+  const auto load_step = [&](int tile, int head, bool partial, bool hidden) {
+    const int s = ring.index();
+    ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
+    smem.step[s] = {tile * S::kRows, head, partial, hidden};
+    constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4;
+    uint64_t* full = &smem.query_full[s];
+    ptx::barrier_expect(full, kTileBytes + kColumnBytes + (partial ? kColumnBytes : 0));
+    for (int c = 0; c < S::kChunks; ++c)
+      ptx::tma_load(smem.query[s] + c * S::kRows * kChunk, &maps.query, full, c * kChunk, head,
+                    tile * S::kRows, at.b);
+    const int64_t heads = p.n.g * p.n.r;
+    ptx::bulk_load(smem.statistics[s],
+                   w.statistics + ((at.b * heads + head) * tiles + tile) * (2 * S::kRows),
+                   kColumnBytes, full);
+    if (partial)
+      ptx::bulk_load(smem.limits[s], w.limits + (first_tile + tile) * (2 * S::kRows), kColumnBytes,
+                     full);
+    ptx::barrier_wait(&smem.dout_empty[s], ring.parity() ^ 1);
+    load_tile<S::kRows, S::kChunks>(smem.dout[s], &maps.dout, &smem.dout_full[s], head,
+                                    tile * S::kRows, at.b);
+    ring.next();
+  };
+  for (int r = 0; r < group; ++r) {
+    for (int base = 0; base < tiles; base += 32) {
+      TileLimits limits = no_rows();
+      if (base + lane < tiles) {
+        const int4 x = w.ranges[first_tile + base + lane];
+        limits = {x.x, x.y, x.z, x.w};
+      }
+      const TileClass seen = classify(limits, at.key, at.key + S::kKeys);
+      unsigned some = __ballot_sync(0xffffffffu, seen != TileClass::kSkip);
+      const unsigned partial = __ballot_sync(0xffffffffu, seen == TileClass::kPartial);
+      const unsigned hidden = __ballot_sync(0xffffffffu, limits.min_hi == 0);
+      if (leader)
+        for (; some; some &= some - 1) {
+          const int t = __ffs(some) - 1;
+          load_step(base + t, at.head * group + r, partial >> t & 1, hidden >> t & 1);
+        }
+      __syncwarp();
+    }
+  }
+  if (leader) {
+    const int s = ring.index();
+    ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
+    smem.step[s] = {kNoMoreSteps, 0, 0, 0};
+    ptx::barrier_arrive(&smem.query_full[s]);
+  }
+}
+
+// Zeroes row `row` of a tile of kRows rows, by eight threads.
+template <int kRows, int kChunks, class T>
+__device__ __forceinline__ void zero_row(T* tile, int row, int unit) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    reinterpret_cast<uint4*>(tile + (c * kRows + row) * kChunk)[unit] = make_uint4(0, 0, 0, 0);
+}
+
+// A (64 rows, K-contiguous) times B (kN rows, K-contiguous)^T over the head dim.
+template <class S, int kN>
+__device__ __forceinline__ void issue_dot(float (&acc)[kN / 2], uint64_t a, int a_rows, uint64_t b,
+                                          int b_rows) {
+#pragma unroll
+  for (int k = 0; k < S::kD / 16; ++k) {
+    const int chunk = k / 4, inside = k % 4 * 32;
+    ptx::WgmmaShared<typename S::T, kN, 0, 0>::issue(
+        acc, ptx::advanced(a, chunk * a_rows * 128 + inside),
+        ptx::advanced(b, chunk * b_rows * 128 + inside), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// acc += X^T B, X^T in registers [64 keys, kRows], B [kRows, kD] rows of the reduction.
+template <class S>
+__device__ __forceinline__ void issue_update(float (&acc)[S::kD / 2],
+                                             const uint32_t (&x)[S::kRows / 16][4], uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < S::kRows / 16; ++k)
+    ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(acc, x[k], ptx::advanced(b, k * 16 * 128),
+                                                       1);
+  ptx::wgmma_commit();
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void round_fragment(const float (&x)[kCount],
+                                               uint32_t (&packed)[kCount / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < kCount / 8; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[k][i] = ptx::pack(x[8 * k + 2 * i], x[8 * k + 2 * i + 1], T());
+  }
+}
+
+// A fragment of 64 rows to a tile of kTileRows rows, from row `first` on.
+template <int kTileRows, class T, int kGroups>
+__device__ __forceinline__ void store_fragment(T* tile, int first,
+                                               const uint32_t (&packed)[kGroups][4]) {
+  const int row = first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k) {
+    const int unit = (k % 4 * 2 + threadIdx.x % 32 / 16) ^ (row % 8);
+    ptx::store_matrices(tile + (k / 4 * kTileRows + row) * kChunk + unit * 8, packed[k]);
+  }
+}
+
+// P^T = exp2(c S^T - lse), a fragment [64 keys, kRows].
+template <int kCount>
+__device__ __forceinline__ void probabilities(float (&score)[kCount], float c, const float* lse) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = score[4 * j + i];
+      x = ptx::exp2_approx(x * c - (i % 2 ? l.y : l.x));
+    }
+  }
+}
+// 0 where the row does not see the key. `key` is this thread's first.
+template <int kCount>
+__device__ __forceinline__ void hide(float (&p)[kCount], int key,
+                                     const int (&limits)[2][2 * kCount]) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const int2 lo = *reinterpret_cast<const int2*>(limits[0] + 8 * j + column);
+    const int2 hi = *reinterpret_cast<const int2*>(limits[1] + 8 * j + column);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int k = key + 8 * h;
+      if (k < lo.x || k >= hi.x) p[4 * j + 2 * h] = 0;
+      if (k < lo.y || k >= hi.y) p[4 * j + 2 * h + 1] = 0;
+    }
+  }
+}
+
+// dS^T = P^T (dP^T - delta), in place of dP^T. In a partial tile, where P is 0 the difference may
+// be NaN (S13), so it is left out there. p(i) is P^T's element i.
+template <int kCount, class Probability>
+__device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Probability& p,
+                                                const float* delta, bool partial) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = dp[4 * j + i];
+      x = p(4 * j + i) * (x - (i % 2 ? d.y : d.x));
+    }
+  }
+  if (partial) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (p(i) == 0) dp[i] = 0;
+  }
+}
+
+// Adds this warpgroup's 64 x 64 piece of dQ to global memory, in accumulator order.
+__device__ __forceinline__ void add_piece(float* dq, const float (&x)[32]) {
+  dq += threadIdx.x % 128 * 4;
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    ptx::reduce_add(dq + j * 512, {x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]});
+}
+
+// S13: keys that no row sees may hold NaN, which would meet dS = 0.
+template <class S>
+__device__ void zero_unseen_keys(const int4& key_range, int first_key, BackwardSmem<S>& smem,
+                                 int group) {
+  const int first_seen = INT32_MAX - key_range.x, end_seen = key_range.y;
+  if (first_key >= first_seen && first_key + S::kKeys <= end_seen) return;
+  constexpr int kShare = S::kKeys / 2;
+  const int thread = threadIdx.x % 128;
+  for (int row = group * kShare + thread / 8; row < (group + 1) * kShare; row += 16)
+    if (first_key + row < first_seen || first_key + row >= end_seen)
+      zero_row<S::kKeys, S::kChunks>(smem.key, row, thread % 8);
+  ptx::proxy_fence();
+  ptx::named_sync(kBoth, 256);
+}
+
+// Waits for the next step's rows. S13: rows that see nothing may hold NaN, which would meet P = 0.
+template <class S>
+__device__ __forceinline__ Step wait_for_step(BackwardSmem<S>& smem, const Ring<S::kStages>& ring,
+                                              int group) {
+  const int s = ring.index();
+  ptx::barrier_wait(&smem.query_full[s], ring.parity());
+  const Step step = smem.step[s];
+  if (step.hidden) {
+    ptx::barrier_wait(&smem.dout_full[s], ring.parity());
+    constexpr int kShare = S::kRows / 2;
+    const int thread = threadIdx.x % 128;
+    for (int row = group * kShare + thread / 8; row < (group + 1) * kShare; row += 16)
+      if (smem.limits[s][0][row] >= smem.limits[s][1][row]) {
+        zero_row<S::kRows, S::kChunks>(smem.query[s], row, thread % 8);
+        zero_row<S::kRows, S::kChunks>(smem.dout[s], row, thread % 8);
+      }
+    ptx::proxy_fence();
+    ptx::named_sync(kBoth, 256);
+  }
+  return step;
+}
+
+// A gradient's 64 rows of keys from shared memory to global memory.
+template <class S>
+__device__ __forceinline__ void store_gradient(const CUtensorMap* map, const typename S::T* tile,
+                                               int first_row, int64_t width,
+                                               const KeyTileOrder::Place& at) {
+  for (int c = 0; c < S::kChunks; ++c)
+    if (c * kChunk < width)
+      ptx::tma_store(map, tile + (c * S::kKeys + first_row) * kChunk, c * kChunk, at.head,
+                     at.key + first_row, at.b);
+}
+
+template <class S>
+__device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_writers) {
+  ptx::barrier_init(&smem.key_full, 1);
+  ptx::barrier_init(&smem.value_full, 1);
+  for (int i = 0; i < 2; ++i) {
+    ptx::barrier_init(&smem.query_full[i], 1);
+    ptx::barrier_init(&smem.dout_full[i], 1);
+    ptx::barrier_init(&smem.query_empty[i], 8);
+    ptx::barrier_init(&smem.dout_empty[i], 8);
+    ptx::barrier_init(&smem.dscore_full[i], dscore_writers);
+    ptx::barrier_init(&smem.dscore_empty[i], 8);
+  }
+}
+
+}  // namespace jax_flashattn::cuda::sm90

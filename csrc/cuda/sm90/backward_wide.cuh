@@ -1,0 +1,219 @@
+// Backward pass for sm_90a, head dims 129 to 256 (docs/kernels.md).
+//
+// dK and dV of 64 keys fill the accumulators of one warpgroup each, so the two consumer warpgroups
+// share the work by product instead of by key. The first makes S^T, P^T and dV += P^T dO and hands
+// P^T on through shared memory; the second makes dP^T, dS^T and dK += dS^T Q and hands dS^T on.
+// Both make pieces of dQ = dS K, a step later: 64 columns with the update of that step, and 64
+// while the next step's scores are turned into probabilities.
+//
+// Further barriers: probability_full/probability_empty, P^T of one step, filled by the first
+// warpgroup's warps, emptied by the second's.
+#pragma once
+
+#include "cuda/sm90/backward_tiles.cuh"
+
+namespace jax_flashattn::cuda::sm90 {
+
+template <class S>
+struct WideSmem : BackwardSmem<S> {
+  // A fragment in registers' order: a thread of one warpgroup reads what its twin has written.
+  uint4 probability[2][S::kRows / 16][128];
+  uint64_t probability_full[2], probability_empty[2];
+};
+
+template <class S, bool kScores>
+__device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
+                             const BackwardWorkspace& w, const KeyTileOrder::Place& at,
+                             WideSmem<S>& smem) {
+  using T = typename S::T;
+  static_assert(S::kRows == 64 && S::kKeys == 64);
+  constexpr int kGroup = kScores ? 0 : 1;
+  constexpr bool kTwoPieces = kGroup + 2 < S::kChunks;
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const float c = static_cast<float>(p.scale * 1.4426950408889634);
+  const int64_t heads = p.n.g * p.n.r;
+  const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
+  Ring<S::kStages> ring;
+  float gradient[S::kD / 2];  // dV or dK
+  float x[32];                // S^T, then P^T; or dP^T, then dS^T
+  float dq[32];
+  uint32_t packed[4][4];
+#pragma unroll
+  for (int i = 0; i < S::kD / 2; ++i) gradient[i] = 0;
+
+  ptx::barrier_wait(&smem.key_full, 0);
+  ptx::barrier_wait(&smem.value_full, 0);
+  zero_unseen_keys<S>(w.key_range[at.b], at.key, smem, kGroup);
+
+  const uint64_t keys = ptx::descriptor(kScores ? smem.key : smem.value);
+  const auto issue_products = [&] {  // S^T = K Q^T, or dP^T = V dO^T
+    const int s = ring.index();
+    if constexpr (!kScores) ptx::barrier_wait(&smem.dout_full[s], ring.parity());
+    ptx::pin_dead(x);
+    ptx::wgmma_fence();
+    issue_dot<S, 64>(x, keys, 64, ptx::descriptor(kScores ? smem.query[s] : smem.dout[s]), 64);
+  };
+  const auto issue_dq = [&](int turn, int chunk) {
+    const uint64_t dscore = ptx::descriptor(smem.dscore[turn & 1]);
+    const uint64_t columns = ptx::descriptor(smem.key + chunk * S::kKeys * kChunk);
+    ptx::pin_dead(dq);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < S::kKeys / 16; ++k)
+      ptx::WgmmaShared<T, 64, 1, 1>::issue(dq, ptx::advanced(dscore, k * 16 * 128),
+                                           ptx::advanced(columns, k * 16 * 128), k > 0);
+    ptx::wgmma_commit();
+  };
+  const auto add_dq = [&](int64_t tile, int chunk) {
+    add_piece(w.dq + (tile * S::kPieces + chunk) * (64 * 64), dq);
+  };
+  const auto release_dscore = [&](int turn) {
+    if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
+  };
+  const auto tile_of = [&](const Step& step) {
+    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+  };
+
+  Step step = wait_for_step<S>(smem, ring, kGroup);
+  if (step.row != kNoMoreSteps) {
+    // Tiles of this step and the two before it.
+    int64_t tile = tile_of(step), previous = 0, last = 0;
+    int turn = 0;
+    issue_products();
+    ptx::wgmma_commit();  // in place of a second piece of dQ
+    for (;; ++turn) {
+      const int s = ring.index(), half = turn & 1, parity = turn >> 1 & 1;
+      ptx::wgmma_wait<1>();
+      ptx::pin(x);
+      if constexpr (kScores) {
+        probabilities(x, c, smem.statistics[s][0]);
+        if (step.partial) hide(x, at.key + thread / 32 * 16 + lane / 4, smem.limits[s]);
+        round_fragment<T>(x, packed);
+        ptx::barrier_wait(&smem.probability_empty[half], parity ^ 1);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          smem.probability[half][k][thread] =
+              make_uint4(packed[k][0], packed[k][1], packed[k][2], packed[k][3]);
+        __syncwarp();
+        if (lane == 0) {
+          ptx::barrier_arrive(&smem.probability_full[half]);
+          ptx::barrier_arrive(&smem.query_empty[s]);
+        }
+      } else {
+        if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
+        ptx::barrier_wait(&smem.probability_full[half], parity);
+        uint4 probability[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) probability[k] = smem.probability[half][k][thread];
+        const auto* pairs = reinterpret_cast<const uint32_t*>(probability);
+        score_gradients(
+            x, [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, T()); }, smem.statistics[s][1],
+            step.partial);
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(&smem.probability_empty[half]);
+        round_fragment<T>(x, packed);
+      }
+      // The second piece of the step before the previous one.
+      ptx::wgmma_wait<0>();
+      ptx::pin(dq);
+      if (turn > 1) {
+        release_dscore(turn);
+        if constexpr (kTwoPieces) add_dq(last, kGroup + 2);
+      }
+      if constexpr (!kScores) {
+        ptx::barrier_wait(&smem.dscore_empty[half], parity ^ 1);
+        store_fragment<S::kKeys>(smem.dscore[half], 0, packed);
+        ptx::proxy_fence();
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[half]);
+      } else {
+        ptx::barrier_wait(&smem.dout_full[s], ring.parity());
+      }
+      // In the first turn dQ is of whatever lies there, for nobody.
+      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[half ^ 1], (turn - 1) >> 1 & 1);
+      ptx::pin(gradient);
+      ptx::pin(packed);
+      ptx::wgmma_fence();
+      issue_update<S>(gradient, packed,
+                      ptx::descriptor(kScores ? smem.dout[s] : smem.query[s], S::kRows * 128));
+      issue_dq(turn - 1, kGroup);
+      ring.next();
+      const Step next = wait_for_step<S>(smem, ring, kGroup);
+      ptx::wgmma_wait<0>();
+      ptx::pin(gradient);
+      ptx::pin(packed);
+      ptx::pin(dq);
+      if (lane == 0) ptx::barrier_arrive(kScores ? &smem.dout_empty[s] : &smem.query_empty[s]);
+      if (turn > 0) add_dq(previous, kGroup);
+      if (next.row == kNoMoreSteps) break;
+      issue_products();
+      if constexpr (kTwoPieces)
+        issue_dq(turn - 1, kGroup + 2);
+      else
+        ptx::wgmma_commit();
+      step = next;
+      last = previous;
+      previous = tile;
+      tile = tile_of(step);
+    }
+    // What is left: the second piece of the previous step, and all of the last one.
+    const auto finish_piece = [&](int turn, int64_t tile, int chunk) {
+      issue_dq(turn, chunk);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dq);
+      add_dq(tile, chunk);
+    };
+    if (kTwoPieces && turn > 0) finish_piece(turn - 1, previous, kGroup + 2);
+    ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
+    finish_piece(turn, tile, kGroup);
+    if (kTwoPieces) finish_piece(turn, tile, kGroup + 2);
+  }
+  ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
+
+  if constexpr (!kScores) {
+#pragma unroll
+    for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= static_cast<float>(p.scale);
+  }
+  T* const staging = kScores ? smem.value : smem.key;
+  uint32_t rounded[S::kD / 16][4];
+  round_fragment<T>(gradient, rounded);
+  store_fragment<S::kKeys>(staging, 0, rounded);
+  ptx::proxy_fence();
+  ptx::named_sync(kOwn + kGroup, 128);
+  if (thread == 0) {
+    store_gradient<S>(kScores ? &maps.dv : &maps.dk, staging, 0, kScores ? p.n.dv : p.n.d, at);
+    ptx::tma_commit();
+    ptx::tma_wait();
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    backward_wide_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
+                         const BackwardWorkspace w, const KeyTileOrder order) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& smem = *reinterpret_cast<WideSmem<S>*>(raw);
+  if (threadIdx.x == 0) {
+    init_barriers<S>(smem, 4);
+    for (int i = 0; i < 2; ++i) {
+      ptx::barrier_init(&smem.probability_full[i], 4);
+      ptx::barrier_init(&smem.probability_empty[i], 4);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  const KeyTileOrder::Place at = order.place(blockIdx.x, S::kKeys);
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::release_registers<S::kProducerRegisters>();
+    if (threadIdx.x < 32) load_steps<S>(maps, p, w, at, smem);
+  } else {
+    ptx::take_registers<S::kConsumerRegisters>();
+    if (warpgroup == 1)
+      consume_wide<S, true>(maps, p, w, at, smem);
+    else
+      consume_wide<S, false>(maps, p, w, at, smem);
+  }
+}
+
+}  // namespace jax_flashattn::cuda::sm90
