@@ -30,9 +30,17 @@ struct Kernel<S, true> {
   using Smem = WideSmem<S>;
 };
 
-// Key heads that are worked on together: few enough that Q, dO and dQ of their query heads stay in
-// L2, enough that tiles of all lengths are in flight.
-int section(const BackwardParams& p) { return static_cast<int>(p.n.r < 16 ? 16 / p.n.r : 1); }
+// Key heads that are worked on together. Where every row sees every key one at a time, so that its
+// Q, dO and dQ stay in L2. Where rows see less, tiles of all lengths must be in flight to balance,
+// so as many as L2 holds.
+int section(const BackwardParams& p) {
+  constexpr int64_t kL2Bytes = 32 << 20;
+  const Sizes& n = p.n;
+  const MaskSource& m = p.mask;
+  if (!m.lo && !m.lengths && m.left == kUnbounded && m.right == kUnbounded) return 1;
+  const int64_t head_bytes = n.r * n.sq * ((n.d + n.dv) * 2 + padded_width(n) * 4);
+  return static_cast<int>(clamp<int64_t>(kL2Bytes / head_bytes, 1, n.b * n.g));
+}
 
 template <class S>
 std::string launch(const BackwardParams& p, const Device& device, cudaStream_t stream) {
