@@ -78,11 +78,10 @@ cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
 # Hopper. The scout warp, which runs once per tile beside three or two large warpgroups, may spill:
 # it is left 32 to 40 registers, and its spills are off the critical path.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
-set(SPILLS_64 100)
-set(SPILLS_256 40)
+set(SPILLS_64 120)
 foreach(d 64 96 128 192 256)
   if(NOT DEFINED SPILLS_${d})
-    set(SPILLS_${d} 0)
+    set(SPILLS_${d} 32)
   endif()
   cuda_object(sm90_forward_${d} csrc/cuda/sm90/forward.cu SPILLS ${SPILLS_${d}}
               FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})

@@ -33,8 +33,8 @@ struct ForwardShape {
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 56;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 224;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
 };
 
 // What consumers need to know of a tile.
@@ -241,31 +241,48 @@ __device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
 }
 
 // Online softmax: scores become exponentials; returns the factors for earlier sums and outputs.
+// Both rows go through each stage together, so that one's latency hides behind the other's work.
 template <class S>
 __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&correction)[2]) {
+  float largest[2], odd[2], reference[2], sum[2] = {0, 0};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float largest = rows.largest[h];
-#pragma unroll
-    for (int j = 0; j < S::kKeys / 8; ++j)
-      largest = fmaxf(largest, fmaxf(rows.score[4 * j + 2 * h], rows.score[4 * j + 2 * h + 1]));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    const float reference = largest == -INFINITY ? 0.0f : largest * scale;
-    correction[h] = ptx::exp2_approx(rows.largest[h] * scale - reference);
-    rows.largest[h] = largest;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < S::kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = rows.score[4 * j + 2 * h + e];
-        x = ptx::exp2_approx(x * scale - reference);
-        sum += x;
-      }
-    }
-    rows.sum[h] = rows.sum[h] * correction[h] + sum;
+    largest[h] = fmaxf(rows.largest[h], rows.score[2 * h]);
+    odd[h] = rows.score[2 * h + 1];
   }
+#pragma unroll
+  for (int j = 1; j < S::kKeys / 8; ++j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = fmaxf(largest[h], rows.score[4 * j + 2 * h]);
+      odd[h] = fmaxf(odd[h], rows.score[4 * j + 2 * h + 1]);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) largest[h] = fmaxf(largest[h], odd[h]);
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xffffffffu, largest[h], lanes));
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    reference[h] = largest[h] == -INFINITY ? 0.0f : largest[h] * scale;
+    correction[h] = ptx::exp2_approx(rows.largest[h] * scale - reference[h]);
+    rows.largest[h] = largest[h];
+  }
+#pragma unroll
+  for (int j = 0; j < S::kKeys / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = rows.score[4 * j + i];
+      x = ptx::exp2_approx(x * scale - reference[i / 2]);
+      sum[i / 2] += x;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * correction[h] + sum[h];
 }
 
 template <class S>
@@ -398,6 +415,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
+    const int full_from = info.max_lo[group], full_to = info.min_hi[group] - S::kKeys;
+    const int last_whole_block = info.end_key - S::kKeys;
     // Blocks this warpgroup's rows see: [begin, end) of the tile's.
     const bool sees = min_lo < max_hi;
     const int begin = sees ? (min_lo - first_key) / S::kKeys : blocks;
@@ -420,9 +439,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     };
     const auto outputs = [&](int block) {
       ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-      const int hidden = info.end_key - (first_key + block * S::kKeys);
-      if (hidden < S::kKeys) {
-        zero_values<S>(smem.value[value.index()], hidden);
+      const int first = first_key + block * S::kKeys;
+      if (first > last_whole_block) {
+        zero_values<S>(smem.value[value.index()], last_whole_block + S::kKeys - first);
         ptx::named_sync(1 + group, 128);
       }
       ptx::pin(rows.out);
@@ -433,8 +452,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     const auto mask = [&](int block) {
       const int first = first_key + block * S::kKeys;
       if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
-      if (first < info.max_lo[group] || first + S::kKeys > info.min_hi[group])
-        apply_mask<S>(rows, first);
+      if (first < full_from || first > full_to) apply_mask<S>(rows, first);
     };
 
     // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
