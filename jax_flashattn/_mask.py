@@ -22,15 +22,19 @@ def normalized_window(
 
 
 def arithmetic_intervals(
-    sq: int, sk: int, left: int | None, right: int | None, lengths: Array | None = None
+    sq: int,
+    sk: int,
+    left: int | Array | None,
+    right: int | Array | None,
+    lengths: Array | None = None,
 ) -> Intervals:
     """S2: intervals [b or 1, sq] of a window over sequences of the given lengths.
 
     Args:
       sq: number of query rows.
       sk: number of keys.
-      left: bound on earlier keys, or None.
-      right: bound on later keys, or None.
+      left: bound on earlier keys, or None; may be a traced scalar of at most sk.
+      right: bound on later keys, or None; may be a traced scalar of at most sq.
       lengths: int32 [b, 2], the true (query, key) length of each sequence; None for (sq, sk).
     """
     row = jnp.arange(sq, dtype=jnp.int32)[None]

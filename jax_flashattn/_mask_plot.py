@@ -70,7 +70,7 @@ def draw(
     """The figure that IntervalMask.plot describes."""
     Figure, Patch = _matplotlib()
     sk = check_size("sk", sk, least=1)
-    tile = tuple(check_size("tile", n, least=1) for n in tile)
+    tile = (check_size("tile", tile[0], least=1), check_size("tile", tile[1], least=1))
     b, sq = limits[0].shape
     batch = [check_size("batch", n) for n in batch]
     if not batch or max(batch) >= b or sq == 0:

@@ -91,6 +91,14 @@ def _intervals(segment_ids, mask, lengths, left, right, sizes) -> _mask.Interval
     return lo, hi
 
 
+def row_limits(operands: Operands, spec: AttentionSpec) -> _mask.Intervals:
+    """What every row of a prepared call sees, as intervals [b or 1, sq]."""
+    if operands.lo is not None and operands.hi is not None:
+        return operands.lo, operands.hi
+    sq, sk = operands.query.shape[1], operands.key.shape[1]
+    return _mask.arithmetic_intervals(sq, sk, spec.left, spec.right, operands.lengths)
+
+
 def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
     """Ranks, shapes and dtypes of query, key and value."""
     named = {"query": query, "key": key, "value": value}

@@ -75,14 +75,11 @@ class IntervalMask:
           [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
         """
         sq, sk = _sizes(sq, sk)
-        bounds = []
-        for name, side, most in (("left", left, sk), ("right", right, sq)):
-            if isinstance(side, jax.Array):
-                side = jnp.clip(check_int32(side, name, ()), 0, most)
-            bounds.append(side)
-        if not any(isinstance(side, jax.Array) for side in bounds):
-            bounds = _mask.normalized_window(*check_window(bounds), sq, sk)
-        return IntervalMask(*_mask.arithmetic_intervals(sq, sk, *bounds))
+        if not isinstance(left, jax.Array) and not isinstance(right, jax.Array):
+            left, right = _mask.normalized_window(*check_window((left, right)), sq, sk)
+        else:
+            left, right = _bound("left", left, sk), _bound("right", right, sq)
+        return IntervalMask(*_mask.arithmetic_intervals(sq, sk, left, right))
 
     @staticmethod
     def documents(
@@ -290,6 +287,13 @@ class IntervalMask:
 def _sizes(sq: int, sk: int | None) -> tuple[int, int]:
     sq = check_size("sq", sq)
     return sq, sq if sk is None else check_size("sk", sk)
+
+
+def _bound(name: str, side: Any, most: int) -> Any:
+    """A window side as an int32 scalar that may be traced; `most` hides nothing (S3)."""
+    if isinstance(side, jax.Array):
+        return jnp.clip(check_int32(side, name, ()), 0, most)
+    return None if side is None else min(check_size(name, side), most)
 
 
 def _sides(causal: bool, window: Any) -> tuple[int | None, int | None]:
