@@ -8,7 +8,16 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = ("api", "masks", "partials", "passes", "blockwise", "flax.attention")
+NAMES = (
+    "api",
+    "blockwise",
+    "explanation",
+    "flax.attention",
+    "inspection",
+    "masks",
+    "partials",
+    "passes",
+)
 MODULES = tuple(f"jax_flashattn.{name}" for name in NAMES)
 
 
