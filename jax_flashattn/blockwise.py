@@ -48,7 +48,8 @@ def blockwise_attention(
 
     flash_attention is blockwise inside and needs no more memory than this, so use it unless a call
     must be small: to interleave other work, to bound a kernel's time, or as a model for a loop of
-    your own (docs/parts.md). The program does not grow with the number of chunks.
+    your own (docs/parts.md). The program does not grow with the number of chunks. In explicit
+    sharding mode call it through jax.sharding.auto_axes.
 
     Args:
       query: [b, sq, hq, d].
@@ -100,9 +101,8 @@ def blockwise_attention(
         min(check_size("key_chunk", key_chunk, least=1), max(sk, 1)),
     )
     plan = _Plan(spec.scale, *chunks, spec.deterministic)
-    lo, hi = _validate.row_limits(operands, spec)
-    # Behind the keys there is only padding, whatever limits a caller gave.
-    whole = IntervalMask(jnp.clip(lo, 0, sk), jnp.clip(hi, 0, sk))
+    # Limits of a prepared call end at sk, so what fills up the last chunk of keys stays unseen.
+    whole = IntervalMask(*_validate.row_limits(operands, spec))
     out, lse = _run(operands.query, operands.key, operands.value, whole, plan)
     return (out, lse) if return_lse else out
 

@@ -11,7 +11,12 @@ from jax.sharding import PartitionSpec as P
 from support import hlo, programs
 from support.compare import assert_bitwise
 
-from jax_flashattn import IntervalMask, blockwise_attention, flash_attention
+from jax_flashattn import (
+    IntervalMask,
+    attention_forward,
+    blockwise_attention,
+    flash_attention,
+)
 
 RNG = np.random.default_rng(0)
 Q, K, V = (
@@ -170,6 +175,17 @@ def test_vmap_keeps_a_batch_sharding():
     hlo.assert_kernels(text, forward=1, backward=1)
     large = [x for x in hlo.collectives(text) if x[0] != "f32[]"]
     assert not large, f"collectives on arrays: {large}"
+
+
+def test_eager_calls_keep_a_sharding():
+    """Each is one compiled program, not operation after operation on gathered arrays."""
+    mesh, spec = make_mesh(AxisType.Auto), P("data", None, "model")
+    q, k, v = (place(mesh, x, spec) for x in (Q, K, V))
+    whole = NamedSharding(mesh, spec)
+    chunked = functools.partial(blockwise_attention, query_chunk=16, key_chunk=16)
+    forward = lambda *x: attention_forward(*x)[0]  # noqa: E731
+    for attend in (flash_attention, chunked, forward, jax.grad(lambda *x: loss(*x))):
+        assert attend(q, k, v).sharding.is_equivalent_to(whole, 4), attend
 
 
 # --- Modes of the process ---
