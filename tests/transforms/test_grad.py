@@ -69,7 +69,7 @@ def test_jacobian_is_that_of_the_reference():
 
 
 def test_the_reference_has_forward_mode_and_hessians():
-    """Forward over reverse against a difference of gradients; the kernels have reverse mode only."""
+    """Forward over reverse against a difference of gradients; the kernels have only reverse."""
 
     def f(q):
         return (attend(q, K, V, implementation="reference") ** 2).sum()
