@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -11,6 +10,7 @@ from jax_flashattn import _compat
 from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn._spec import AttentionSpec
 from jax_flashattn._validate import Operands
+from jax_flashattn.partials import attention_delta
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -30,10 +30,7 @@ def _attention_forward(operands: Operands, spec: AttentionSpec):
 def _attention_backward(spec: AttentionSpec, residuals, cotangents):
     operands, out, lse = residuals
     dout, dlse = cotangents
-    # S10: a cotangent of lse enters the score gradient P * (dP - delta) with the opposite sign.
-    row_dot = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
-    delta = row_dot.swapaxes(1, 2) - dlse
-    gradients = flash_backward(operands, dout, lse, delta, spec)
+    gradients = flash_backward(operands, dout, lse, attention_delta(dout, out, dlse), spec)
     matched = [
         _compat.match_cotangent(ct, x)
         for ct, x in zip(gradients, (operands.query, operands.key, operands.value))

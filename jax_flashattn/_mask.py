@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 Intervals = tuple[Array, Array]
+SKIP, PARTIAL, FULL = range(3)  # tile classes (S5)
 
 
 def normalized_window(
@@ -21,20 +22,24 @@ def normalized_window(
 
 
 def arithmetic_intervals(
-    sq: int, sk: int, left: int | None, right: int | None, lengths: Array | None = None
+    sq: int,
+    sk: int,
+    left: int | Array | None,
+    right: int | Array | None,
+    lengths: Array | None = None,
 ) -> Intervals:
     """S2: intervals [b or 1, sq] of a window over sequences of the given lengths.
 
     Args:
       sq: number of query rows.
       sk: number of keys.
-      left: bound on earlier keys, or None.
-      right: bound on later keys, or None.
+      left: bound on earlier keys, or None; may be a traced scalar of at most sk.
+      right: bound on later keys, or None; may be a traced scalar of at most sq.
       lengths: int32 [b, 2], the true (query, key) length of each sequence; None for (sq, sk).
     """
     row = jnp.arange(sq, dtype=jnp.int32)[None]
     if lengths is None:
-        query_length, key_length = jnp.full((1, 1), sq), jnp.full((1, 1), sk)
+        query_length, key_length = (jnp.full((1, 1), n, jnp.int32) for n in (sq, sk))
     else:
         query_length, key_length = jnp.clip(lengths[:, :1], 0, sq), jnp.clip(lengths[:, 1:], 0, sk)
     centre = row + key_length - query_length
@@ -49,6 +54,41 @@ def arithmetic_intervals(
 def intersect(a: Intervals, b: Intervals) -> Intervals:
     """The keys visible in both."""
     return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
+
+
+def affine_part(
+    limits: Intervals, start: int | Array, count: int, stride: int | Array
+) -> Intervals:
+    """The intervals over the keys start + stride * j, 0 <= j < count, numbered by j."""
+    end = start + stride * count  # clipped first: any int32 limit is welcome
+    lo, hi = (-((start - jnp.clip(x, start, end)) // stride) for x in limits)
+    return lo, hi
+
+
+def count_below(positions: Array, limits: Array) -> Array:
+    """How many of the increasing positions lie below each limit."""
+    return jnp.searchsorted(positions, limits).astype(jnp.int32)
+
+
+def tile_classes(limits: Intervals, sk: int, rows: int, keys: int) -> Array:
+    """S5: int8 [b, row tiles, key tiles] of SKIP, PARTIAL and FULL."""
+    lo, hi = limits
+    b, sq = lo.shape
+    lo, hi = jnp.clip(lo, 0, sk), jnp.clip(hi, 0, sk)
+    behind = ((0, 0), (0, -sq % rows))
+
+    def tiles(reduce, x, when_empty, padding):
+        x = jnp.pad(jnp.where(lo < hi, x, when_empty), behind, constant_values=padding)
+        return reduce(x.reshape(b, -1, rows), axis=2)[..., None]
+
+    # The union over rows that see anything; the intersection over all rows, empty if one sees none.
+    min_lo, max_hi = tiles(jnp.min, lo, sk, sk), tiles(jnp.max, hi, 0, 0)
+    max_lo, min_hi = tiles(jnp.max, lo, 0, 0), tiles(jnp.min, hi, 0, sk)
+    begin = jnp.arange(0, sk, keys, dtype=jnp.int32)
+    end = jnp.minimum(begin + keys, sk)
+    skip = (end <= min_lo) | (begin >= max_hi)
+    full = (max_lo <= begin) & (end <= min_hi)
+    return jnp.where(skip, SKIP, jnp.where(full, FULL, PARTIAL)).astype(jnp.int8)
 
 
 def _runs(ids: Array) -> tuple[Array, Array]:

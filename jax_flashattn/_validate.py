@@ -1,7 +1,6 @@
 """Every check and every user-facing error: public arguments in, (Operands, AttentionSpec) out."""
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jax_flashattn import _mask
+from jax_flashattn._checks import as_array, check_int32, check_window
 from jax_flashattn._spec import AttentionSpec
 from jax_flashattn.masks import IntervalMask
 
@@ -91,10 +91,18 @@ def _intervals(segment_ids, mask, lengths, left, right, sizes) -> _mask.Interval
     return lo, hi
 
 
+def row_limits(operands: Operands, spec: AttentionSpec) -> _mask.Intervals:
+    """What every row of a prepared call sees, as intervals [b or 1, sq]."""
+    if operands.lo is not None and operands.hi is not None:
+        return operands.lo, operands.hi
+    sq, sk = operands.query.shape[1], operands.key.shape[1]
+    return _mask.arithmetic_intervals(sq, sk, spec.left, spec.right, operands.lengths)
+
+
 def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
     """Ranks, shapes and dtypes of query, key and value."""
     named = {"query": query, "key": key, "value": value}
-    query, key, value = arrays = [_as_array(x, name) for name, x in named.items()]
+    query, key, value = arrays = [as_array(x, name) for name, x in named.items()]
     for name, x in zip(named, arrays):
         if x.ndim != 4:
             raise ValueError(
@@ -125,36 +133,6 @@ def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]
     return query, key, value
 
 
-def _as_array(x: Any, name: str) -> Array:
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
-    return jnp.asarray(x)
-
-
-def check_window(window: Any) -> tuple[int | None, int | None]:
-    """(left, right) with None for an unbounded side."""
-    if window is None:
-        return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(
-            "window must be None or a pair (left, right) of how many earlier and later keys a row "
-            f"sees, None for all; got {window!r}."
-        )
-    return _check_side("left", window[0]), _check_side("right", window[1])
-
-
-def _check_side(name: str, side: Any) -> int | None:
-    if side is None:
-        return None
-    try:
-        value = operator.index(side)
-    except TypeError:
-        raise TypeError(f"window {name} must be a Python int or None, got {side!r}.") from None
-    if isinstance(side, bool) or value < 0:
-        raise ValueError(f"window {name} must be 0 or more, or None for unbounded; got {side!r}.")
-    return value
-
-
 def check_scale(scale: Any, d: int) -> float:
     """The factor on scores: 1/sqrt(d) unless given."""
     if scale is None:
@@ -170,22 +148,6 @@ def check_scale(scale: Any, d: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {value}.")
     return value
-
-
-def check_int32(x: Any, name: str, shape: tuple[int, ...]) -> Array:
-    """An int32 array of exactly this shape."""
-    if isinstance(x, (list, tuple)):
-        x = np.asarray(x)
-    if isinstance(x, np.ndarray) and x.dtype == np.int64:  # numpy's default integer
-        if x.size and (x.min() < -(2**31) or x.max() >= 2**31):
-            raise ValueError(f"{name} must fit int32, got values {x.min()} to {x.max()}.")
-        x = x.astype(np.int32)
-    x = _as_array(x, name)
-    if x.dtype != jnp.int32:
-        raise TypeError(f"{name} must have dtype int32, got {x.dtype}.")
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {x.shape}.")
-    return x
 
 
 def check_lengths(lengths: Any, b: int) -> Array | None:

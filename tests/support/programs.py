@@ -106,6 +106,33 @@ def memory(out: str, argument: str) -> None:
     np.savez(out, temporary=temporary, growth=(after - before) * 1024, text=compiled.as_text())
 
 
+def cache(out: str, argument: str) -> None:
+    """Persistent cache hits and misses of a sharded gradient; the argument is the folder."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from jax_flashattn import flash_attention
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_compilation_cache_dir", argument)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    x = np.random.default_rng(0).standard_normal((2, 64, 2, 16)).astype(np.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    events = []
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+    run = jax.jit(jax.grad(lambda x: (flash_attention(x, x, x, causal=True) ** 2).sum()))
+    result = jax.block_until_ready(run(x))
+    count = lambda word: sum(name.endswith(word) for name in events)  # noqa: E731
+    np.savez(
+        out, hits=count("cache_hits"), misses=count("cache_misses"), result=jnp.asarray(result)
+    )
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-    {"isa": isa, "results": results, "memory": memory}[sys.argv[1]](*sys.argv[2:])
+    programs = {"isa": isa, "results": results, "memory": memory, "cache": cache}
+    programs[sys.argv[1]](*sys.argv[2:])

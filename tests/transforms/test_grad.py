@@ -68,6 +68,22 @@ def test_jacobian_is_that_of_the_reference():
     assert_close(jacobian("kernel"), jacobian("reference"))
 
 
+def test_the_reference_has_forward_mode_and_hessians():
+    """Forward over reverse against a difference of gradients; the kernels have only reverse."""
+
+    def f(q):
+        return (attend(q, K, V, implementation="reference") ** 2).sum()
+
+    direction = jnp.asarray(RNG.standard_normal(Q.shape), jnp.float32)
+    value, tangent = jax.jvp(f, (Q,), (direction,))
+    np.testing.assert_allclose(value, (attend(Q, K, V) ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(tangent, (jax.grad(f)(Q) * direction).sum(), rtol=1e-4)
+    product = jax.jvp(jax.grad(f), (Q,), (direction,))[1]
+    step = 1e-2
+    difference = jax.grad(f)(Q + step * direction) - jax.grad(f)(Q - step * direction)
+    np.testing.assert_allclose(product, difference / (2 * step), rtol=2e-2, atol=2e-3)
+
+
 def test_value_and_grad_with_aux():
     def with_aux(q):
         out, lse = attend(q, K, V, return_lse=True)

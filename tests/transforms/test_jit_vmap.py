@@ -108,6 +108,38 @@ def test_nested_vmap_is_one_call():
     hlo.assert_kernels(hlo.compiled_text(run, q, k, v), forward=1)
 
 
+def test_vmap_three_deep_around_and_inside_grad():
+    """Sizes 2, 3 and 5 on different axes of different operands; still one call of each kernel."""
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((2, *SHAPES["query"], 5)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((3, *SHAPES["key"])), jnp.float32)
+    v = jnp.asarray(
+        rng.standard_normal((*SHAPES["value"][:2], 2, *SHAPES["value"][2:])), jnp.float32
+    )
+    axes = ((0, None, 2), (None, 0, None), (-1, None, None))
+
+    def mapped(function):
+        for in_axes in axes[::-1]:
+            function = jax.vmap(function, in_axes)
+        return jax.jit(function)
+
+    each = mapped(jax.value_and_grad(loss, (0, 1, 2)))
+    values, gradients = each(q, k, v)
+    assert values.shape == (2, 3, 5)
+    for n, m, p in itertools.product(range(2), range(3), range(5)):
+        one, wanted = jax.value_and_grad(loss, (0, 1, 2))(q[n, ..., p], k[m], v[:, :, n])
+        np.testing.assert_allclose(values[n, m, p], one, rtol=1e-5)
+        for a, b in zip(gradients, wanted):
+            np.testing.assert_allclose(a[n, m, p], b, rtol=1e-5, atol=5e-6)
+    hlo.assert_kernels(hlo.compiled_text(each, q, k, v), forward=1, backward=1)
+    total = jax.jit(jax.grad(lambda *x: mapped(loss)(*x).sum(), (0, 1, 2)))(q, k, v)
+    sums = gradients[0].sum(1), gradients[1].sum((0, 2)), gradients[2].sum((1, 2))
+    homes = (0, -1), (0,), (2,)  # where the operands have their mapped axes
+    for a, b, home in zip(total, sums, homes):
+        b = np.moveaxis(np.asarray(b), range(len(home)), home)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["lengths", "segment_ids", "mask"])
 @pytest.mark.parametrize("batch_arrays", [False, True])
 def test_mask_arrays_are_mapped_too(kind, batch_arrays):

@@ -8,7 +8,17 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODULES = ("jax_flashattn.api", "jax_flashattn.masks", "jax_flashattn.flax.attention")
+NAMES = (
+    "api",
+    "blockwise",
+    "explanation",
+    "flax.attention",
+    "inspection",
+    "masks",
+    "partials",
+    "passes",
+)
+MODULES = tuple(f"jax_flashattn.{name}" for name in NAMES)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "jax_flashattn"
 
 # A module imports only from lower layers. What is not named here sits on top of all of them.
 LAYERS = (
-    {"_spec", "_mask", "_compat", "_native", "_partition", "_dropout"},
+    {"_spec", "_mask", "_compat", "_native", "_partition", "_dropout", "_checks", "_dispatch"},
+    {"_mask_plot", "partials"},
     {"masks"},
     {"_validate"},
     {"_primitives", "_reference"},

@@ -1,0 +1,272 @@
+"""Ring attention from the library's public pieces: one sequence over several devices.
+
+    python examples/context_parallel.py                     # 8 virtual CPU devices
+    python examples/context_parallel.py --layout striped --window 300
+    python examples/context_parallel.py --devices 0         # all devices there are
+
+Every device keeps its rows; keys and values travel around the ring, and in the backward their
+gradients travel with them. A small layer is trained twice on packed documents, on the ring and on
+one device, and the two are compared. (Virtual devices share the machine's cores: the times printed
+show what the ring costs, not what it gains.)
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_flashattn import (
+    IntervalMask,
+    attention_backward,
+    attention_delta,
+    attention_forward,
+    flash_attention,
+    merge_partials,
+)
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+# --- The ring ---
+
+
+def token_order(layout: str, s: int, n: int) -> np.ndarray:
+    """Which tokens lie where: device r of n holds order[r * s // n : (r + 1) * s // n].
+
+    Under a causal mask the last tokens see the most keys. zigzag gives device r the chunks r and
+    2 n - 1 - r, striped every n-th token, so that all devices have the same to do.
+    """
+    if s % (2 * n):
+        raise ValueError(f"{s} tokens cannot be cut into {2 * n} equal chunks")
+    at = np.arange(s, dtype=np.int32)
+    if layout == "striped":
+        return at.reshape(-1, n).T.ravel()
+    if layout == "zigzag":
+        chunks = at.reshape(2 * n, -1)
+        return np.stack([chunks[:n], chunks[: n - 1 : -1]], axis=1).ravel()
+    return at
+
+
+def _next_device(tree, axis_name: str):
+    """Everything one device further along the ring."""
+    n = jax.lax.axis_size(axis_name)
+    ring = [(r, (r + 1) % n) for r in range(n)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def ring_attention(
+    query: Array, key: Array, value: Array, mask: IntervalMask, positions: Array, axis_name: str
+) -> tuple[Array, Array]:
+    """Attention of this device's rows to the keys of all devices, inside shard_map.
+
+    Args:
+      query: [b, s, hq, d], this device's rows, as all arrays here.
+      key: [b, s, hk, d].
+      value: [b, s, hk, dv].
+      mask: [b or 1, s], which keys of the whole sequence these rows see.
+      positions: int32 [s], increasing: where these tokens lie in the whole sequence.
+      axis_name: the mesh axis that is the ring.
+
+    Returns:
+      (out, lse) of these rows over all keys.
+    """
+    return _ring_forward(query, key, value, mask, positions, axis_name)[0]
+
+
+def _ring_forward(query, key, value, mask, positions, axis_name):
+    def attend(held):
+        key, value, positions = held
+        return attention_forward(query, key, value, mask=mask.for_positions(positions))
+
+    def step(state, _):
+        held, *total = state
+        held = _next_device(held, axis_name)
+        return (held, *merge_partials(*zip(total, attend(held)))), None
+
+    held = (key, value, positions)
+    first = merge_partials(*([x] for x in attend(held)))
+    hops = jax.lax.axis_size(axis_name) - 1
+    (_, out, lse), _ = jax.lax.scan(step, (held, *first), length=hops)
+    out = out.astype(query.dtype)
+    return (out, lse), (query, key, value, mask, positions, out, lse)
+
+
+def _ring_backward(axis_name, residuals, cotangents):
+    query, key, value, mask, positions, out, lse = residuals
+    dout, dlse = cotangents
+    delta = attention_delta(dout, out, dlse)  # of the whole rows, once
+
+    def gradients(held):
+        key, value, positions = held
+        see = mask.for_positions(positions)
+        parts = attention_backward(query, key, value, dout, lse, delta, mask=see)
+        return tuple(x.astype(delta.dtype) for x in parts)
+
+    def step(state, _):
+        dq, travelling = state
+        held, dk, dv = _next_device(travelling, axis_name)
+        more = gradients(held)
+        return (dq + more[0], (held, dk + more[1], dv + more[2])), None
+
+    held = (key, value, positions)
+    dq, dk, dv = gradients(held)
+    hops = jax.lax.axis_size(axis_name) - 1
+    (dq, (_, dk, dv)), _ = jax.lax.scan(step, (dq, (held, dk, dv)), length=hops)
+    dk, dv = _next_device((dk, dv), axis_name)  # home
+    return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
+
+
+ring_attention.defvjp(_ring_forward, _ring_backward)
+
+
+def sharded_attention(mesh: Mesh) -> Callable:
+    """ring_attention of whole arrays, whose tokens lie in a token_order over the mesh's axis."""
+    (axis,) = mesh.axis_names
+    tokens, lse = P(None, axis), P(None, None, axis)
+    return jax.shard_map(
+        functools.partial(ring_attention, axis_name=axis),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, tokens, P(axis)),
+        out_specs=(tokens, lse),
+    )
+
+
+# --- Something to train ---
+
+
+def packed_ids(s: int, rng: np.random.Generator) -> np.ndarray:
+    """Segment ids int32 [1, s] of documents of random lengths, with padding behind them."""
+    cuts = np.sort(rng.choice(np.arange(1, s), 5, replace=False))
+    ids = np.searchsorted(cuts, np.arange(s), side="right") + 1
+    return np.where(ids <= 5, ids, 0)[None].astype(np.int32)
+
+
+def init_params(width: int, hq: int, hk: int, seed: int) -> dict[str, Array]:
+    """Weights of one attention layer with heads of 32."""
+    sizes = {"query": hq * 32, "key": hk * 32, "value": hk * 32, "out": hq * 32}
+    keys = jax.random.split(jax.random.key(seed), len(sizes))
+    params = {}
+    for (name, size), key in zip(sizes.items(), keys):
+        shape = (size, width) if name == "out" else (width, size)
+        params[name] = jax.random.normal(key, shape) / np.sqrt(shape[0])
+    return params
+
+
+def layer(params: dict[str, Array], x: Array, attend: Callable) -> Array:
+    """Attention between two projections; x is [b, s, width]."""
+    q, k, v = (
+        (x @ params[name]).reshape(*x.shape[:2], -1, 32) for name in ("query", "key", "value")
+    )
+    return attend(q, k, v).reshape(*x.shape[:2], -1) @ params["out"]
+
+
+def train(params, x: Array, target: Array, attend: Callable, steps: int) -> dict:
+    """Gradient descent on the squared error; losses, first gradients, seconds per step."""
+
+    def loss(params):
+        return jnp.mean((layer(params, x, attend) - target) ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    losses, first, seconds = [], None, []
+    for _ in range(steps):
+        start = time.perf_counter()
+        value, gradients = jax.block_until_ready(step(params))
+        seconds.append(time.perf_counter() - start)
+        first = first or gradients
+        losses.append(float(value))
+        params = jax.tree.map(lambda p, g: p - 20.0 * g, params, gradients)
+    return {
+        "losses": losses,
+        "gradients": first,
+        "seconds": float(np.median(seconds[1:] or seconds)),
+    }
+
+
+def compare(
+    layout: str,
+    devices: int,
+    seq_len: int,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    steps: int,
+) -> dict:
+    """Trains on the ring and on one device; relative errors of losses and first gradients."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("seq",))
+    order = token_order(layout, seq_len, devices)
+    rng = np.random.default_rng(0)
+    ids, width = packed_ids(seq_len, rng), 64
+    x = rng.standard_normal((1, seq_len, width)).astype(np.float32)
+    side = (None if window is None else window - 1, None)
+    mask = IntervalMask.documents(jnp.asarray(ids), causal=True, window=side)
+
+    def whole(q, k, v):
+        return flash_attention(q, k, v, mask=mask)
+
+    teacher, student = (init_params(width, heads, kv_heads, seed) for seed in (1, 2))
+    target = jax.jit(lambda x: layer(teacher, x, whole))(x)
+    one = train(student, x, target, whole, steps)
+
+    rows = IntervalMask(mask.lo[:, order], mask.hi[:, order])
+    shard = functools.partial(jax.device_put, device=NamedSharding(mesh, P(None, "seq")))
+    ring = sharded_attention(mesh)
+    positions = jax.device_put(order, NamedSharding(mesh, P("seq")))
+    arrays = shard(x[:, order]), shard(target[:, order])
+    several = train(student, *arrays, lambda *qkv: ring(*qkv, rows, positions)[0], steps)
+
+    def error(a, b):
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    return {
+        "losses": several["losses"],
+        "loss_error": error(*(np.array(r["losses"]) for r in (several, one))),
+        "gradient_error": max(
+            error(np.asarray(several["gradients"][n]), np.asarray(one["gradients"][n]))
+            for n in student
+        ),
+        "seconds": (several["seconds"], one["seconds"]),
+    }
+
+
+_LAYOUT = flags.DEFINE_enum("layout", "all", ["all", *LAYOUTS], "How tokens lie on the devices.")
+_DEVICES = flags.DEFINE_integer("devices", 8, "How many; on CPU virtual ones. 0: all there are.", 0)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Tokens of the sequence.", 2)
+_WINDOW = flags.DEFINE_integer("window", None, "Keys that a row sees; else all before it.", 1)
+_HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", 1)
+_KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
+_STEPS = flags.DEFINE_integer("steps", 10, "Train steps.", 2)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what the flags say and prints the comparison."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
+    if _DEVICES.value:
+        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    devices = _DEVICES.value or jax.device_count()
+    if devices > jax.device_count():
+        raise app.UsageError(f"--devices {devices}, but there are {jax.device_count()}")
+    print(f"{_SEQ_LEN.value} tokens over {devices} x {jax.devices()[0].device_kind}")
+    for layout in LAYOUTS if _LAYOUT.value == "all" else (_LAYOUT.value,):
+        result = compare(
+            layout, devices, _SEQ_LEN.value, _WINDOW.value, _HEADS.value, _KV_HEADS.value,
+            _STEPS.value,
+        )  # fmt: skip
+        ring, one = result["seconds"]
+        print(
+            f"{layout:>10}: loss {result['losses'][0]:.3f} to {result['losses'][-1]:.3f}; ring "
+            f"against one device: losses differ by {result['loss_error']:.0e}, gradients by "
+            f"{result['gradient_error']:.0e}; {ring:.3f} s and {one:.3f} s per step"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,104 @@
+"""Which kernel a call gets, and why not a better one: csrc's dispatch in words.
+
+The decision is made in csrc (cuda/dispatch.cc, cuda/sm90/forward.cu, cpu/tile.h); this table only
+tells of it. tests/unit/test_explain.py holds the two together.
+"""
+
+import dataclasses
+
+CPU_TILE = (64, 96)  # rows, keys: kRows and kTileKeys of cpu/tile.h
+CUDA_DTYPES = ("bfloat16", "float16")
+SM90 = "9.0"
+# Largest head dim -> (rows, keys) of the Hopper forward: Tuned of cuda/sm90/forward.cu.
+SM90_FORWARD_TILES = {
+    64: (192, 128),
+    96: (128, 128),
+    128: (128, 128),
+    192: (128, 96),
+    256: (128, 80),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the choice of a kernel depends on."""
+
+    b: int
+    sq: int
+    sk: int
+    hq: int
+    hk: int
+    d: int
+    dv: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel, as explain tells of it.
+
+    Attributes:
+      name: implementation and instance; None if the call is refused.
+      tile: (rows, keys) it works on at once, None if it has no tiles.
+      notes: why not a better one, and what would get it.
+    """
+
+    name: str | None
+    tile: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
+    """Forward and backward alike."""
+    if instruction_set is None:
+        return Kernel(None, notes=("no instruction set: python -m jax_flashattn says why",))
+    notes = []
+    if call.dtype in ("bfloat16", "float16") and instruction_set != "avx512_bf16":
+        notes.append(f"{call.dtype} is widened to float32: no AVX512-BF16 here")
+    elif call.dtype == "float16":
+        notes.append("float16 is widened to float32: only bfloat16 has products of its own")
+    return Kernel(f"cpu {instruction_set}, {call.dtype}", CPU_TILE, tuple(notes))
+
+
+def cuda_forward(call: Call, capability: str) -> Kernel:
+    """The Hopper kernel if it fits, else the plain one."""
+    if refused := _cuda_refusal(call):
+        return refused
+    notes = []
+    if capability != SM90:
+        notes.append(
+            f"the tensor-core kernel needs compute capability {SM90} (H100, H200), "
+            f"this is {capability}"
+        )
+    for name, width in (("d", call.d), ("dv", call.dv)):
+        if width % 8:
+            notes.append(
+                f"the tensor-core kernel needs head dims that are multiples of 8, {name} is "
+                f"{width}: pad to {width + -width % 8} (and keep scale)"
+            )
+    if call.sk == 0:
+        notes.append("the tensor-core kernel needs at least one key")
+    if call.b * call.hq * -(-call.sq // 64) >= 2**31 - 1:
+        notes.append("the tensor-core kernel counts tiles in 32 bits: split the batch")
+    if notes:
+        return Kernel(f"cuda plain forward, {call.dtype}", None, tuple(notes))
+    width = max(call.d, call.dv)
+    instance = next(limit for limit in SM90_FORWARD_TILES if width <= limit)
+    return Kernel(
+        f"cuda sm90 forward, head dim {instance}, {call.dtype}", SM90_FORWARD_TILES[instance]
+    )
+
+
+def cuda_backward(call: Call) -> Kernel:
+    """The plain one."""
+    if refused := _cuda_refusal(call):
+        return refused
+    notes = ("there is no tensor-core backward yet",)
+    return Kernel(f"cuda plain backward, {call.dtype}", None, notes)
+
+
+def _cuda_refusal(call: Call) -> Kernel | None:
+    if call.dtype in CUDA_DTYPES:
+        return None
+    wanted = " or ".join(CUDA_DTYPES)
+    return Kernel(None, notes=(f"CUDA kernels take {wanted}, not {call.dtype}: cast the inputs",))

@@ -1,0 +1,109 @@
+"""Attention over parts of the keys, put together: merge the parts' results, share one delta."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_flashattn._checks import as_array
+
+
+def _wide(x: Array) -> Array:
+    """In float32, or float64 if it is."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _like_out(statistic: Array) -> Array:
+    """[..., h, s] to [..., s, h, 1]."""
+    return statistic.swapaxes(-1, -2)[..., None]
+
+
+def merge_partials(
+    outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
+) -> tuple[Array, Array]:
+    """Attention over all keys from attention over disjoint parts of them.
+
+    Each part is what flash_attention(..., return_lse=True) or attention_forward gives for some of
+    the keys; the merge is exact, in any order and nesting. A part in which a row sees nothing (lse
+    -inf) has no effect on it, and a row that sees nothing in any part is 0 with lse -inf (S11).
+    Differentiable.
+
+    Args:
+      outs: [b, sq, hq, dv], one per part: a sequence of them, or one array with a leading axis.
+      lses: [b, hq, sq], one per part, likewise.
+
+    Returns:
+      (out, lse) in float32, or float64 if a part is: keep them so while merging further, and cast
+      at the end. Rounding every step costs accuracy that grows with the number of parts.
+
+    Raises:
+      ValueError: for shapes that do not fit, or no parts.
+
+    Source: Dao et al. 2022 (FlashAttention), section 3.1; Liu et al. 2023 (Ring Attention).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_flashattn import flash_attention, merge_partials
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+      >>> halves = [flash_attention(q, k[:, s], v[:, s], return_lse=True)
+      ...           for s in (slice(0, 3), slice(3, 8))]
+      >>> out, lse = merge_partials(*zip(*halves))
+      >>> bool(jnp.allclose(out, flash_attention(q, k, v), atol=1e-6))
+      True
+    """
+    outs = [_wide(as_array(x, "outs")) for x in outs]
+    lses = [_wide(as_array(x, "lses")) for x in lses]
+    _check_parts(outs, lses)
+    # The largest cancels, so it needs no gradient: it only keeps exp in range.
+    largest = jax.lax.stop_gradient(jnp.stack(lses).max(0))
+    sees_any = ~jnp.isneginf(largest)
+    largest = jnp.where(sees_any, largest, 0)
+    weights = [jnp.exp(lse - largest) for lse in lses]
+    total = jnp.where(sees_any, sum(weights), 1)
+    # An empty part cannot matter, not even as 0 * NaN, nor can its gradient.
+    outs = [jnp.where(_like_out(jnp.isneginf(lse)), 0, out) for out, lse in zip(outs, lses)]
+    terms = [_like_out(weight / total) * out for out, weight in zip(outs, weights)]
+    return functools.reduce(jnp.add, terms), jnp.where(sees_any, largest + jnp.log(total), -jnp.inf)
+
+
+def _check_parts(outs: list[Array], lses: list[Array]) -> None:
+    shapes = [x.shape for x in outs], [x.shape for x in lses]
+    b, sq, hq, _ = shape = shapes[0][0] if outs and outs[0].ndim == 4 else (0,) * 4
+    wanted = [shape] * len(outs), [(b, hq, sq)] * len(outs)
+    if not outs or shapes != wanted:
+        raise ValueError(
+            "merge_partials needs one out [b, sq, hq, dv] and one lse [b, hq, sq] per part, all of "
+            f"the same sizes; got outs {shapes[0]} and lses {shapes[1]}."
+        )
+
+
+def attention_delta(dout: Array, out: Array, dlse: Array | None = None) -> Array:
+    """What the backward of every part shares: rowsum(dO * O) - dLSE (S10).
+
+    Args:
+      dout: [b, sq, hq, dv], cotangent of the merged output.
+      out: [b, sq, hq, dv], the merged output: of all keys, not of a part.
+      dlse: [b, hq, sq], cotangent of the merged log-sum-exp, None for 0.
+
+    Returns:
+      [b, hq, sq] in float32, or float64 if `out` is.
+
+    Source: Dao et al. 2022 (FlashAttention), appendix B.4.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_flashattn import attention_delta
+      >>> attention_delta(jnp.ones((1, 2, 1, 8)), jnp.full((1, 2, 1, 8), 0.5)).tolist()
+      [[[4.0, 4.0]]]
+    """
+    # A cotangent of lse enters the score gradient P * (dP - delta) with the opposite sign.
+    if dout.shape != out.shape:
+        raise ValueError(f"dout and out must have one shape, got {dout.shape} and {out.shape}.")
+    delta = jnp.sum(_wide(dout) * _wide(out), axis=-1).swapaxes(-1, -2)
+    if dlse is None:
+        return delta
+    if dlse.shape != delta.shape:
+        raise ValueError(f"dlse must have shape {delta.shape}, got {dlse.shape}.")
+    return delta - dlse

@@ -1,0 +1,275 @@
+"""merge_partials, attention_forward, attention_backward: parts of the keys add up to the whole."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import grids, hlo
+from support.case import Case, cases
+from support.check import call, check_results, x64_if
+from support.compare import assert_bitwise
+from support.data import make_problem
+
+from jax_flashattn import (
+    IntervalMask,
+    _validate,
+    attention_backward,
+    attention_delta,
+    attention_forward,
+    flash_attention,
+    merge_partials,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def softmax_parts(scores, values):
+    """Normalised parts in float64: (out [b, s, h, d], lse [b, h, s]) each."""
+    outs, lses = [], []
+    for score, value in zip(scores, values):  # [b, h, s, t], [b, h, t, d]
+        top = np.where(np.isneginf(m := score.max(-1, keepdims=True)), 0, m)
+        weight = np.exp(score - top)
+        total = weight.sum(-1, keepdims=True)
+        out = weight @ value / np.where(total > 0, total, 1)
+        with np.errstate(divide="ignore"):
+            lses.append((top + np.log(total))[..., 0])
+        outs.append(out.swapaxes(1, 2))
+    return outs, lses
+
+
+def parts_with_holes(count: int, scale: float = 1.0):
+    """Random parts in which some rows, and one row of all parts, see nothing."""
+    b, h, s, d = 2, 3, 7, 5
+    scores = [scale * RNG.standard_normal((b, h, s, n + 1)) for n in range(count)]
+    for n, score in enumerate(scores):
+        score[:, :, n % s] = -np.inf
+        score[0, 1, 4] = -np.inf
+    values = [RNG.standard_normal((b, h, n + 1, d)) for n in range(count)]
+    whole = softmax_parts([np.concatenate(scores, -1)], [np.concatenate(values, -2)])
+    return softmax_parts(scores, values), (whole[0][0], whole[1][0])
+
+
+@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (2, 1.0), (5, 1.0), (3, 300.0)])
+def test_merge(count, scale):
+    """Scores in the hundreds: the form log(1 + exp(b - a)) would overflow."""
+    (outs, lses), (out, lse) = parts_with_holes(count, scale)
+    given = [[jnp.asarray(x, jnp.float32) for x in side] for side in (outs, lses)]
+    got, got_lse = jax.jit(merge_partials)(*given)
+    assert np.isneginf(got_lse[0, 1, 4])
+    assert not np.asarray(got[0, 4, 1]).any()
+    np.testing.assert_allclose(got, out, rtol=1e-5, atol=2e-6 * max(scale, 1))
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-6, atol=1e-6)
+    stacked = merge_partials(*(jnp.stack(side) for side in given))
+    for a, b in zip(stacked, merge_partials(*given)):
+        assert_bitwise("stacked", a, b)
+
+
+def test_merge_in_any_nesting():
+    (outs, lses), wanted = parts_with_holes(5)
+    parts = [tuple(jnp.asarray(x, jnp.float32) for x in part) for part in zip(outs, lses)]
+    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
+        merged = parts[order[0]]
+        for n in order[1:]:
+            merged = merge_partials(*zip(merged, parts[n]))
+        for a, b in zip(merged, wanted):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_merge_has_no_nan_in_value_or_gradient():
+    """Empty parts on one side, on both, and a poisoned output of an empty part."""
+    outs = normal(2, 1, 4, 1, 8).at[:, :, 0].set(jnp.nan).at[0, :, 1].set(jnp.nan)
+    lses = jnp.zeros((2, 1, 1, 4)).at[:, :, :, 0].set(-jnp.inf).at[0, :, :, 1].set(-jnp.inf)
+
+    def loss(outs, lses):
+        out, lse = merge_partials(outs, lses)
+        return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
+
+    value, (douts, dlses) = jax.value_and_grad(loss, (0, 1))(outs, lses)
+    assert np.isfinite(value)
+    assert np.isfinite(douts).all()
+    assert np.isfinite(dlses).all()
+    empty = np.isneginf(lses)
+    assert not np.asarray(dlses)[empty].any()
+    assert not np.asarray(douts.swapaxes(2, 3))[empty].any()
+    assert np.asarray(dlses)[~empty].all()
+
+
+def test_merge_keeps_a_visible_nan():
+    """A part that did see a NaN poisons its row, however small its weight (S13)."""
+    outs = jnp.ones((2, 1, 3, 1, 4)).at[0, :, 0].set(jnp.nan)
+    lses = jnp.zeros((2, 1, 1, 3)).at[0, 0, 0, 0].set(-500.0).at[0, 0, 0, 1].set(jnp.nan)
+    out, lse = merge_partials(outs, lses)
+    assert np.isnan(out[0, :2]).all()
+    assert np.isfinite(out[0, 2]).all()
+    assert np.isnan(lse[0, 0]).tolist() == [False, True, False]
+
+
+def test_gradient_of_a_merge():
+    """Against the gradient of one softmax over everything: sizes a float64 difference can check."""
+    scores, values = normal(2, 1, 2, 3, 4), normal(2, 1, 2, 4, 5)
+
+    def attend(score, value):
+        lse = jax.scipy.special.logsumexp(score, -1)
+        return (jnp.exp(score - lse[..., None]) @ value).swapaxes(1, 2), lse
+
+    def loss(pair):
+        out, lse = pair
+        return (jnp.sin(out)).sum() + (lse**2).sum()
+
+    merged = lambda s, v: loss(merge_partials(*zip(attend(s[0], v[0]), attend(s[1], v[1]))))  # noqa: E731
+    whole = lambda s, v: loss(attend(jnp.concatenate(s, -1), jnp.concatenate(v, -2)))  # noqa: E731
+    for a, b in zip(
+        jax.grad(merged, (0, 1))(scores, values), jax.grad(whole, (0, 1))(scores, values)
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_merge_dtypes_and_errors():
+    out, lse = jnp.ones((1, 2, 3, 4), jnp.bfloat16), jnp.zeros((1, 3, 2))
+    merged = merge_partials([out, out], [lse, lse])
+    assert [x.dtype for x in merged] == [jnp.float32, jnp.float32]
+    with jax.numpy_dtype_promotion("strict"):
+        merge_partials([out, out.astype(jnp.float32)], [lse, lse])
+    for outs, lses in (
+        ([], []),
+        ([out], [lse, lse]),
+        ([out], [lse[..., :1]]),
+        ([out, out[:0]], [lse] * 2),
+    ):
+        with pytest.raises(ValueError, match="merge_partials needs one out"):
+            merge_partials(outs, lses)
+    with pytest.raises(TypeError, match="lses must be an array"):
+        merge_partials([out], [0.0])
+
+
+def by_parts(problem, cuts) -> dict:
+    """out, lse and gradients with the keys cut into parts, as a ring would."""
+    case, given = problem.case, problem.given
+    q, k, v, dout, dlse = (given[n] for n in ("query", "key", "value", "dout", "dlse"))
+    arguments = problem.mask_arguments()
+    if "intervals" in arguments:
+        arguments["mask"] = IntervalMask(*arguments.pop("intervals"))
+    ends = (*cuts, case.sk)
+
+    @jax.jit
+    def run(q, k, v, dout, dlse, arguments):
+        options = {"segment_ids": None, "lengths": None, "mask": None} | case.options()
+        operands, spec = _validate.prepare(q, k, v, **(options | arguments))
+        whole = IntervalMask(*_validate.row_limits(operands, spec))
+        parts = [
+            (k[:, a:b], v[:, a:b], {"mask": whole.for_keys(a, b - a), "scale": case.scale})
+            for a, b in itertools.pairwise((0, *ends))
+        ]
+        pieces = [attention_forward(q, *kv, **options) for *kv, options in parts]
+        out, lse = merge_partials(*zip(*pieces))
+        delta = attention_delta(dout, out, dlse)
+        gradients = [
+            attention_backward(q, *kv, dout, lse, delta, **options) for *kv, options in parts
+        ]
+        dq, dk, dv = zip(*gradients)
+        wide = delta.dtype
+        dq = sum(x.astype(wide) for x in dq).astype(q.dtype)
+        return out.astype(q.dtype), lse, dq, *(jnp.concatenate(x, 1) for x in (dk, dv))
+
+    with x64_if(case.dtype == "float64"):
+        found = jax.device_get(run(q, k, v, dout, dlse, arguments))
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), found))
+
+
+@cases(
+    Case(b=2, sq=64, sk=96, hq=4, hk=2, causal=True, dlse=True),
+    Case(b=2, sq=64, sk=96, hq=4, hk=2, d=40, dv=59, left=20, right=3, dtype="float64", dlse=True),
+    grids.LENGTHS[5],
+    grids.SEGMENTS[13],
+    grids.INTERVALS[7],
+    grids.STRUCTURED[2],
+    grids.SCALES[2],
+    grids.SEGMENTS[9].replace(dtype="bfloat16"),
+)
+def test_parts_add_up(case):
+    problem = make_problem(case)
+    check_results(problem, by_parts(problem, (33, 34)))
+
+
+@pytest.mark.parametrize("mistake", ["lse", "out"])
+def test_local_statistics_are_wrong(mistake):
+    """The classic mistakes: with a part's own lse, or a delta of its own out, nothing adds up."""
+    q, k, v, dout = (
+        normal(1, 32, 2, 8),
+        normal(1, 40, 2, 8),
+        normal(1, 40, 2, 8),
+        normal(1, 32, 2, 8),
+    )
+    wanted = jax.vjp(flash_attention, q, k, v)[1](dout)
+    halves = [(k[:, s], v[:, s]) for s in (slice(0, 20), slice(20, 40))]
+    pieces = [attention_forward(q, *kv) for kv in halves]
+    out, lse = merge_partials(*zip(*pieces))
+    wrong_by = []
+    for own in (False, True):
+        total = 0
+        for kv, (own_out, own_lse) in zip(halves, pieces):
+            stats = (
+                own_lse if own and mistake == "lse" else lse,
+                attention_delta(dout, own_out if own and mistake == "out" else out),
+            )
+            total += attention_backward(q, *kv, dout, *stats)[0]
+        wrong_by.append(np.linalg.norm(total - wanted[0]) / np.linalg.norm(wanted[0]))
+    assert wrong_by[0] < 1e-6
+    assert wrong_by[1] > 0.05
+
+
+def test_a_row_with_lse_of_minus_infinity_adds_nothing():
+    """Even where the mask of this very call lets it see keys."""
+    q, k, v, dout = normal(1, 9, 4, 8), normal(1, 12, 2, 8), normal(1, 12, 2, 8), normal(1, 9, 4, 8)
+    lse = flash_attention(q, k, v, return_lse=True)[1]
+    rows = np.array([0, 4, 8])
+    lse, delta = lse.at[:, :, rows].set(-jnp.inf), normal(1, 4, 9).at[:, :, rows].set(jnp.nan)
+    got = attention_backward(q, k, v, dout, lse, delta)
+    assert all(np.isfinite(x).all() for x in got)
+    assert not np.asarray(got[0])[:, rows].any()
+    kept = np.setdiff1d(np.arange(9), rows)
+    alone = attention_backward(q[:, kept], k, v, dout[:, kept], lse[:, :, kept], delta[:, :, kept])
+    for a, b in zip((got[0][:, kept], *got[1:]), alone):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_they_are_the_two_kernels():
+    q, k = normal(1, 16, 2, 8), normal(1, 16, 1, 8)
+    options = {"causal": True, "window": (5, None), "scale": 0.3}
+    out, lse = attention_forward(q, k, k, **options)
+    whole, pullback = jax.vjp(lambda *x: call(*x, {}, return_lse=True, **options), q, k, k)
+    for a, b in zip((out, lse), whole):
+        assert_bitwise("forward", a, b)
+    dout, dlse = normal(*out.shape), normal(*lse.shape)
+    got = attention_backward(q, k, k, dout, lse, attention_delta(dout, out, dlse), **options)
+    for a, b in zip(got, pullback((dout, dlse))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # delta is summed in another program
+    run = jax.jit(lambda *x: attention_backward(*x, **options))
+    hlo.assert_kernels(hlo.compiled_text(run, q, k, k, dout, lse, lse), forward=0, backward=1)
+
+
+def test_wrong_arguments():
+    q, dout, lse = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 2, 3))
+    run = lambda *x: attention_backward(q, q, q, *x)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"dout must have shape \(1, 3, 2, 8\), got \(1, 2, 2, 8\)"
+    ):
+        run(dout[:, :2], lse, lse)
+    with pytest.raises(ValueError, match=r"delta must have shape \(1, 2, 3\), got \(1, 3, 2\)"):
+        run(dout, lse, lse.swapaxes(1, 2))
+    with pytest.raises(TypeError, match="lse must have dtype float32, got bfloat16"):
+        run(dout, lse.astype(jnp.bfloat16), lse)
+    with pytest.raises(TypeError, match="dout must have dtype float32, got bfloat16"):
+        run(dout.astype(jnp.bfloat16), lse, lse)
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 3, 2, 8\) and \(1, 2, 2, 8\)"):
+        attention_delta(dout, dout[:, :2])
+    with pytest.raises(ValueError, match=r"dlse must have shape \(1, 2, 3\)"):
+        attention_delta(dout, dout, lse[..., :1])
+    with pytest.raises(NotImplementedError, match="flash_forward"):
+        jax.grad(lambda q: attention_forward(q, q, q)[0].sum())(q)
