@@ -32,10 +32,10 @@ ffi::Error forward(cudaStream_t stream, double scale, int64_t left, int64_t righ
   return launched(cuda::forward(p, stream));
 }
 
-ffi::Error backward(cudaStream_t stream, double scale, int64_t left, int64_t right, bool,
-                    AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
-                    AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta, Result dq,
-                    Result dk, Result dv, Result workspace) {
+ffi::Error backward(cudaStream_t stream, double scale, int64_t left, int64_t right,
+                    bool deterministic, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths,
+                    AnyBuffer lo, AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta,
+                    Result dq, Result dk, Result dv, Result workspace) {
   BackwardParams p;
   const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
   if (auto e = decode_backward(in, {dout, lse, delta}, {*dq, *dk, *dv}, &p); e.failure()) return e;
@@ -43,6 +43,7 @@ ffi::Error backward(cudaStream_t stream, double scale, int64_t left, int64_t rig
                       ffi::DataType::F32);
       e.failure())
     return e;
+  p.deterministic = deterministic;
   p.scratch = workspace->untyped_data();
   return launched(cuda::backward(p, stream));
 }

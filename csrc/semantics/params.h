@@ -59,6 +59,7 @@ struct BackwardParams {
   const void *q, *k, *v, *dout;
   const void *lse, *delta;  // float, or double for kF64
   void *dq, *dk, *dv;
+  bool deterministic;  // S14: bitwise repeatable
   // CPU: accumulators [b, g, parts, sk + odd, padded(d) + padded(dv)]. CUDA: a workspace.
   void* scratch;
   int64_t parts;

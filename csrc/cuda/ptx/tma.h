@@ -49,6 +49,14 @@ static __device__ __forceinline__ void reduce_add(float* global, const float (&x
                "f"(x[1]), "f"(x[2]), "f"(x[3])
                : "memory");
 }
+static __device__ __forceinline__ int load_acquire(const int* global) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
+  return x;
+}
+static __device__ __forceinline__ void add_release(int* global, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(x) : "memory");
+}
 static __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -9,14 +9,9 @@
 namespace jax_flashattn::cuda::sm90 {
 namespace {
 
-template <class T, int kD>
-struct TunedBackward : BackwardShape<T, kD, 64, 128> {};
-template <class T>
-struct TunedBackward<T, 64> : BackwardShape<T, 64, 128, 128> {};
-template <class T>
-struct TunedBackward<T, 192> : BackwardShape<T, 192, 64, 64> {};
-template <class T>
-struct TunedBackward<T, 256> : BackwardShape<T, 256, 64, 64> {};
+// Rows and keys of a tile.
+template <class T, int kD, bool kInTurn>
+using TunedBackward = BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, kInTurn>;
 
 // The kernel of a shape and its shared memory.
 template <class S, bool kWide = (S::kD > 128)>
@@ -65,7 +60,8 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
   prepare_backward_kernel<S::kRows, S::kWidth>
       <<<prepare_grid, kPrepareThreads, 0, stream>>>(p, w, tiles);
   const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
-  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p)};
+  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p),
+                           S::kDeterministic && (p.mask.lo || p.mask.right != kUnbounded)};
   constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
   std::string error =
@@ -76,14 +72,19 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
                        static_cast<int>(pieces), 128, 0, device, stream, p, w, tiles);
 }
 
+template <class T>
+std::string launch_typed(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  if (p.deterministic) return launch<TunedBackward<T, SM90_HEAD_DIM, true>>(p, device, stream);
+  return launch<TunedBackward<T, SM90_HEAD_DIM, false>>(p, device, stream);
+}
+
 }  // namespace
 
 template <>
 std::string backward<SM90_HEAD_DIM>(const BackwardParams& p, const Device& device,
                                     cudaStream_t stream) {
-  if (p.dtype == DType::kBF16)
-    return launch<TunedBackward<__nv_bfloat16, SM90_HEAD_DIM>>(p, device, stream);
-  return launch<TunedBackward<__half, SM90_HEAD_DIM>>(p, device, stream);
+  return p.dtype == DType::kBF16 ? launch_typed<__nv_bfloat16>(p, device, stream)
+                                 : launch_typed<__half>(p, device, stream);
 }
 
 }  // namespace jax_flashattn::cuda::sm90

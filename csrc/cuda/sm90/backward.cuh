@@ -63,18 +63,21 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(key_columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  const auto finish_dq = [&](int turn, int64_t tile) {
+  Turns<S> turns;
+  const auto finish_dq = [&](int turn, const QueryTile& tile) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
-    add_piece(w.dq + (tile * 2 + group) * (64 * 64), t.dq);
+    const int64_t piece = tile.index * 2 + group;
+    turns.take(w.turns + piece, tile.before, group);
+    add_piece(w.dq + piece * (64 * 64), t.dq);
   };
   const auto tile_of = [&](const Step& step) {
-    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    return QueryTile{(at.b * heads + step.head) * tiles + step.row / S::kRows, step.before};
   };
 
   Step step = wait_for_step<S>(smem, ring, group);
   if (step.row != kNoMoreSteps) {
     issue_scores();
-    int64_t tile = tile_of(step), previous = 0;
+    QueryTile tile = tile_of(step), previous{};
     int turn = 0;
     for (;; ++turn) {
       const int s = ring.index();
@@ -94,7 +97,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
           t.dprobability, [&](int i) { return t.score[i]; }, smem.statistics[s][1], step.partial);
       if constexpr (S::kRows != 64) round_fragment<T>(t.score, t.probability);
       round_fragment<T>(t.dprobability, t.dscore);
-      ptx::barrier_wait(&smem.dscore_empty[turn & 1], turn >> 1 & 1 ^ 1);
+      ptx::barrier_wait(&smem.dscore_empty[turn & 1], (turn >> 1 & 1) ^ 1);
       store_fragment<S::kKeys>(smem.dscore[turn & 1], 64 * group, t.dscore);
       ptx::proxy_fence();
       __syncwarp();
@@ -102,7 +105,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
 
       // In the first turn dQ is of whatever lies there, for nobody: a product issued under a
       // condition would make ptxas wait for all of them.
-      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[turn - 1 & 1], turn - 1 >> 1 & 1);
+      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[(turn - 1) & 1], (turn - 1) >> 1 & 1);
       ptx::pin(t.dv);
       ptx::pin(t.probability);
       ptx::pin_dead(t.dq);
@@ -145,6 +148,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
     ptx::wgmma_wait<0>();
     ptx::pin(t.dq);
     finish_dq(turn, tile);
+    turns.finish(group);
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K any more
 
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) load_steps<S>(maps, p, w, at, smem);
+    if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, w, at, smem, warpgroup - 1);

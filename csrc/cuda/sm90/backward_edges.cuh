@@ -7,9 +7,9 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-// Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes dq and writes statistics; y = 0
-// also writes limits, ranges and key_range. Rows past the sequence and rows that see nothing get
-// lse = inf: their probabilities are 0 (S11).
+// Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes dq and turns, and writes
+// statistics; y = 0 also writes limits, ranges and key_range. Rows past the sequence and rows that
+// see nothing get lse = inf: their probabilities are 0 (S11).
 constexpr int kPrepareThreads = 256;
 template <int kRows, int kWidth>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
 #pragma unroll 8
     for (int i = thread; i < kRows * kWidth / 4; i += kPrepareThreads)
       dq[i] = make_float4(0, 0, 0, 0);
+    constexpr int kPieces = kRows / 64 * kWidth / 64;
+    if (thread < kPieces) w.turns[tile_of_all * kPieces + thread] = 0;
     if (!mine) continue;
     const int64_t at = (int64_t(b) * heads + h) * p.n.sq + row;
     float* to = w.statistics + tile_of_all * 2 * kRows + thread;

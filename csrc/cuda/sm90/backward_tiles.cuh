@@ -18,9 +18,10 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock>
+template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock, bool kInTurn>
 struct BackwardShape {
   using T = Element;
+  static constexpr bool kDeterministic = kInTurn;  // blocks add to dQ in a fixed order
   static constexpr int kD = kHeadDim;
   static constexpr int kRows = kRowBlock;
   static constexpr int kKeys = kKeyBlock;
@@ -40,6 +41,7 @@ struct Step {
   int row;              // first row, or kNoMoreSteps
   int head;             // of all query heads
   int partial, hidden;  // some row sees only some of the keys; some row sees nothing at all
+  int before;           // how many blocks add to this tile of dQ before this one (deterministic)
 };
 constexpr int kNoMoreSteps = -1;
 
@@ -64,24 +66,31 @@ struct BackwardMaps {
 };
 
 // Key tiles in the order blocks take them: sections of key heads that share L2; within a section
-// first keys first (under a causal mask the longest) and heads fastest.
+// first keys first (under a causal mask the longest) and heads fastest. `last_first` is for
+// deterministic calls under a causal mask: rows then get their last visible keys first, for which
+// no block has to wait.
 struct KeyTileOrder {
   int heads, batches, key_tiles, section;
+  bool last_first;
   struct Place {
     int b, head, key;
   };
   __device__ Place place(int tile, int keys) const {
     const int first = tile / (section * key_tiles) * section;
     const int inside = tile - first * key_tiles, width = min(section, heads * batches - first);
-    const int head = first + inside % width;
-    return {head / heads, head % heads, inside / width * keys};
+    const int head = first + inside % width, n = inside / width;
+    return {head / heads, head % heads, (last_first ? key_tiles - 1 - n : n) * keys};
+  }
+  // How many blocks add to the rows of these limits before the block at `key`.
+  __device__ int before(const int4& limits, int key, int keys) const {
+    return last_first ? (limits.y - 1) / keys - key / keys : key / keys - limits.x / keys;
   }
 };
 
 template <class S>
 __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
-                           const BackwardWorkspace& w, const KeyTileOrder::Place& at,
-                           BackwardSmem<S>& smem) {
+                           const BackwardWorkspace& w, const KeyTileOrder& order,
+                           const KeyTileOrder::Place& at, BackwardSmem<S>& smem) {
   const int lane = threadIdx.x % 32, group = static_cast<int>(p.n.r);
   const bool leader = lane == 0;
   if (leader) {
@@ -95,7 +104,10 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
   const auto load_step = [&](int tile, int head, bool partial, bool hidden) {
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
-    smem.step[s] = {tile * S::kRows, head, partial, hidden};
+    int before = 0;
+    if constexpr (S::kDeterministic)
+      before = order.before(w.ranges[first_tile + tile], at.key, S::kKeys);
+    smem.step[s] = {tile * S::kRows, head, partial, hidden, before};
     constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4;
     uint64_t* full = &smem.query_full[s];
     ptx::barrier_expect(full, kTileBytes + kColumnBytes + (partial ? kColumnBytes : 0));
@@ -136,7 +148,7 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
   if (leader) {
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
-    smem.step[s] = {kNoMoreSteps, 0, 0, 0};
+    smem.step[s] = {kNoMoreSteps, 0, 0, 0, 0};
     ptx::barrier_arrive(&smem.query_full[s]);
   }
 }
@@ -258,6 +270,38 @@ __device__ __forceinline__ void add_piece(float* dq, const float (&x)[32]) {
   for (int j = 0; j < 8; ++j)
     ptx::reduce_add(dq + j * 512, {x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]});
 }
+
+// The order in which blocks add to dQ, kept by a counter for each piece of it. A block counts
+// itself only when it adds the next time: its additions have then long arrived. It waits only for
+// blocks that were launched before it.
+template <class S>
+struct Turns {
+  int* pending = nullptr;  // of the piece added last
+  __device__ __forceinline__ void take(int* counter, int before, int group) {
+    if constexpr (S::kDeterministic) {
+      finish(group);
+      if (threadIdx.x % 128 == 0)
+        while (ptx::load_acquire(counter) != before) {
+        }
+      ptx::named_sync(kOwn + group, 128);
+      pending = counter;
+    }
+  }
+  __device__ __forceinline__ void finish(int group) {
+    if constexpr (S::kDeterministic) {
+      if (!pending) return;
+      __threadfence();
+      ptx::named_sync(kOwn + group, 128);
+      if (threadIdx.x % 128 == 0) ptx::add_release(pending, 1);
+    }
+  }
+};
+
+// A tile of dQ, and how many blocks add to it before this one.
+struct QueryTile {
+  int64_t index;
+  int before;
+};
 
 // S13: keys that no row sees may hold NaN, which would meet dS = 0.
 template <class S>

@@ -64,20 +64,23 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  const auto add_dq = [&](int64_t tile, int chunk) {
-    add_piece(w.dq + (tile * S::kPieces + chunk) * (64 * 64), dq);
+  Turns<S> turns;
+  const auto add_dq = [&](const QueryTile& tile, int chunk) {
+    const int64_t piece = tile.index * S::kPieces + chunk;
+    turns.take(w.turns + piece, tile.before, kGroup);
+    add_piece(w.dq + piece * (64 * 64), dq);
   };
   const auto release_dscore = [&](int turn) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
   };
   const auto tile_of = [&](const Step& step) {
-    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    return QueryTile{(at.b * heads + step.head) * tiles + step.row / S::kRows, step.before};
   };
 
   Step step = wait_for_step<S>(smem, ring, kGroup);
   if (step.row != kNoMoreSteps) {
     // Tiles of this step and the two before it.
-    int64_t tile = tile_of(step), previous = 0, last = 0;
+    QueryTile tile = tile_of(step), previous{}, last{};
     int turn = 0;
     issue_products();
     ptx::wgmma_commit();  // in place of a second piece of dQ
@@ -157,7 +160,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       tile = tile_of(step);
     }
     // What is left: the second piece of the previous step, and all of the last one.
-    const auto finish_piece = [&](int turn, int64_t tile, int chunk) {
+    const auto finish_piece = [&](int turn, const QueryTile& tile, int chunk) {
       issue_dq(turn, chunk);
       ptx::wgmma_wait<0>();
       ptx::pin(dq);
@@ -167,6 +170,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
     finish_piece(turn, tile, kGroup);
     if (kTwoPieces) finish_piece(turn, tile, kGroup + 2);
+    turns.finish(kGroup);
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
 
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) load_steps<S>(maps, p, w, at, smem);
+    if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (warpgroup == 1)

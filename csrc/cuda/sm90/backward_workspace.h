@@ -1,7 +1,8 @@
 // Scratch of the Hopper backward: one float buffer, cut into arrays. jax_flashattn/_lowering.py
 // allocates it as [b, g, workspace_floats(n)].
 //
-//   dq          [b, h, tiles, width / 64 or 128 / rows..., 8, 128] float4, accumulator order
+//   dq          [b, h, tiles, pieces, 8, 128] float4: 64 x 64 pieces in accumulator order
+//   turns       [b, h, tiles, pieces] int32: how many blocks have added to a piece (deterministic)
 //   key_range   [b] int4: INT32_MAX - first, and end, of the keys that any row sees
 //   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta
 //   limits      [b, tiles, 2, rows] int32: lo, hi
@@ -22,11 +23,12 @@ inline int64_t padded_width(const Sizes& n) { return ((n.d > n.dv ? n.d : n.dv) 
 
 inline int64_t workspace_floats(const Sizes& n) {
   const int64_t rows = padded_rows(n);
-  return n.r * rows * (padded_width(n) + 2) + 2 * rows + rows / 16 + 4;
+  return n.r * (rows * (padded_width(n) + 2) + rows / 16) + 2 * rows + rows / 16 + 4;
 }
 
 struct BackwardWorkspace {
   float* dq;
+  int* turns;
   int4* key_range;
   float* statistics;
   int* limits;
@@ -35,7 +37,8 @@ struct BackwardWorkspace {
   BackwardWorkspace(void* memory, const Sizes& n) {
     const int64_t rows = padded_rows(n), heads = n.b * n.g * n.r;
     dq = static_cast<float*>(memory);
-    key_range = reinterpret_cast<int4*>(dq + heads * rows * padded_width(n));
+    turns = reinterpret_cast<int*>(dq + heads * rows * padded_width(n));
+    key_range = reinterpret_cast<int4*>(turns + heads * rows / 16);
     statistics = reinterpret_cast<float*>(key_range + n.b);
     limits = reinterpret_cast<int*>(statistics + heads * rows * 2);
     ranges = reinterpret_cast<int4*>(limits + n.b * rows * 2);
