@@ -2,8 +2,29 @@
 
 from jax_flashattn import _batching as _batching  # registers the rules
 from jax_flashattn import _lowering as _lowering
+from jax_flashattn import packing as packing
 from jax_flashattn.api import flash_attention
+from jax_flashattn.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+from jax_flashattn.flash_attn_varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from jax_flashattn.masks import IntervalMask
 
 __version__ = "0.1.0"
-__all__ = ["IntervalMask", "flash_attention"]
+__all__ = [
+    "IntervalMask",
+    "flash_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "packing",
+]

@@ -8,7 +8,14 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODULES = ("jax_flashattn.api", "jax_flashattn.masks", "jax_flashattn.flax.attention")
+MODULES = (
+    "jax_flashattn.api",
+    "jax_flashattn.masks",
+    "jax_flashattn.packing",
+    "jax_flashattn.flash_attn",
+    "jax_flashattn.flash_attn_varlen",
+    "jax_flashattn.flax.attention",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

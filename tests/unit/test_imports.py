@@ -11,12 +11,14 @@ PACKAGE = ROOT / "jax_flashattn"
 
 # A module imports only from lower layers. What is not named here sits on top of all of them.
 LAYERS = (
-    {"_spec", "_mask", "_compat", "_native", "_partition", "_dropout"},
+    {"_spec", "_mask", "_compat", "_native", "_partition", "_dropout", "_values"},
     {"masks"},
     {"_validate"},
-    {"_primitives", "_reference"},
+    {"_primitives", "_reference", "packing", "_pages"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
+    {"_torch_names"},
+    {"flash_attn", "flash_attn_varlen"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS)
