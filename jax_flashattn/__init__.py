@@ -2,6 +2,7 @@
 
 from jax_flashattn import _batching as _batching  # registers the rules
 from jax_flashattn import _lowering as _lowering
+from jax_flashattn import bert_padding as bert_padding
 from jax_flashattn import packing as packing
 from jax_flashattn.api import flash_attention
 from jax_flashattn.flash_attn import (
@@ -14,11 +15,13 @@ from jax_flashattn.flash_attn_varlen import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from jax_flashattn.flash_mha import flash_mha, flash_mha_varlen
 from jax_flashattn.masks import IntervalMask
 
 __version__ = "0.1.0"
 __all__ = [
     "IntervalMask",
+    "bert_padding",
     "flash_attention",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -26,5 +29,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_mha",
+    "flash_mha_varlen",
     "packing",
 ]

@@ -14,6 +14,8 @@ MODULES = (
     "jax_flashattn.packing",
     "jax_flashattn.flash_attn",
     "jax_flashattn.flash_attn_varlen",
+    "jax_flashattn.flash_mha",
+    "jax_flashattn.bert_padding",
     "jax_flashattn.flax.attention",
 )
 

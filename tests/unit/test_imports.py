@@ -15,10 +15,12 @@ LAYERS = (
     {"masks"},
     {"_validate"},
     {"_primitives", "_reference", "packing", "_pages"},
+    {"bert_padding"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names"},
     {"flash_attn", "flash_attn_varlen"},
+    {"flash_mha"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS)
