@@ -17,6 +17,7 @@ from jax_flashattn.flash_attn_varlen import (
 )
 from jax_flashattn.flash_mha import flash_mha, flash_mha_varlen
 from jax_flashattn.masks import IntervalMask
+from jax_flashattn.shifted_sparse import shifted_sparse_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "flash_mha",
     "flash_mha_varlen",
     "packing",
+    "shifted_sparse_attention",
 ]

@@ -19,7 +19,7 @@ LAYERS = (
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names"},
-    {"flash_attn", "flash_attn_varlen"},
+    {"flash_attn", "flash_attn_varlen", "shifted_sparse"},
     {"flash_mha"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
