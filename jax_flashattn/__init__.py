@@ -17,12 +17,14 @@ from jax_flashattn.flash_attn_varlen import (
 )
 from jax_flashattn.flash_mha import flash_mha, flash_mha_varlen
 from jax_flashattn.masks import IntervalMask
+from jax_flashattn.nn import dot_product_attention
 from jax_flashattn.shifted_sparse import shifted_sparse_attention
 
 __version__ = "0.1.0"
 __all__ = [
     "IntervalMask",
     "bert_padding",
+    "dot_product_attention",
     "flash_attention",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

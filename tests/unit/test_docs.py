@@ -16,6 +16,7 @@ MODULES = (
     "jax_flashattn.flash_attn_varlen",
     "jax_flashattn.flash_mha",
     "jax_flashattn.shifted_sparse",
+    "jax_flashattn.nn",
     "jax_flashattn.bert_padding",
     "jax_flashattn.flax.attention",
 )

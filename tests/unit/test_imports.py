@@ -18,8 +18,8 @@ LAYERS = (
     {"bert_padding"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
-    {"_torch_names"},
-    {"flash_attn", "flash_attn_varlen", "shifted_sparse"},
+    {"_torch_names", "_jax_masks"},
+    {"flash_attn", "flash_attn_varlen", "shifted_sparse", "nn"},
     {"flash_mha"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
