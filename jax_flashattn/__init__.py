@@ -16,13 +16,16 @@ from jax_flashattn.flash_attn_varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 from jax_flashattn.flash_mha import flash_mha, flash_mha_varlen
+from jax_flashattn.kvcache import flash_attn_with_kvcache
 from jax_flashattn.masks import IntervalMask
 from jax_flashattn.nn import dot_product_attention
+from jax_flashattn.rotary import apply_rotary_emb
 from jax_flashattn.shifted_sparse import shifted_sparse_attention
 
 __version__ = "0.1.0"
 __all__ = [
     "IntervalMask",
+    "apply_rotary_emb",
     "bert_padding",
     "dot_product_attention",
     "flash_attention",
@@ -32,6 +35,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "flash_mha",
     "flash_mha_varlen",
     "packing",

@@ -1,5 +1,6 @@
 """Paged keys and values: [num_blocks, block_size, heads, head_dim] and a table of blocks."""
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -42,5 +43,10 @@ def gather(blocks: Array, table: Array) -> Array:
     A copy of everything the table names. Ids out of range are clamped.
     """
     b, count = table.shape
-    rows = blocks.at[table].get(mode="clip")
+    rows = take(blocks, table)
     return rows.reshape(b, count * blocks.shape[1], *blocks.shape[2:])
+
+
+def take(x: Array, indices: Array) -> Array:
+    """x[indices], with indices clamped."""
+    return x.at[jnp.clip(indices, 0)].get(mode="clip")

@@ -17,6 +17,8 @@ MODULES = (
     "jax_flashattn.flash_mha",
     "jax_flashattn.shifted_sparse",
     "jax_flashattn.nn",
+    "jax_flashattn.rotary",
+    "jax_flashattn.kvcache",
     "jax_flashattn.bert_padding",
     "jax_flashattn.flax.attention",
 )

@@ -15,11 +15,11 @@ LAYERS = (
     {"masks"},
     {"_validate"},
     {"_primitives", "_reference", "packing", "_pages"},
-    {"bert_padding"},
+    {"bert_padding", "rotary"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names", "_jax_masks"},
-    {"flash_attn", "flash_attn_varlen", "shifted_sparse", "nn"},
+    {"flash_attn", "flash_attn_varlen", "shifted_sparse", "nn", "kvcache"},
     {"flash_mha"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
