@@ -350,3 +350,22 @@ def test_traced_nonsense_never_writes_elsewhere(kind):
         for wrong in (-1, 99, -(2**31), 2**31 - 1):
             after = run(layout.store(rows), lengths, {name: np.full_like(array, wrong)})[1:]
             np.testing.assert_array_equal(np.stack(after), layout.store(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap(kind):
+    layout = KINDS[kind]()
+    q, rows = normal(0, 2, B, 1, HQ, D), normal(1, 2, 2, B, CAPACITY, HK, D)
+    new = normal(2, 2, 2, B, 1, HK, D)
+    cache = np.stack([layout.store(x) for x in rows])
+    lengths = np.stack([LENGTHS, LENGTHS + 7])
+
+    def call(q, cache, new, lengths):
+        return flash_attn_with_kvcache(
+            q, *cache, *new, cache_seqlens=lengths, causal=True, **layout.arguments
+        )
+
+    results = jax.jit(jax.vmap(call))(q, cache, new, lengths)
+    for n in range(2):
+        for x, y in zip(results, call(q[n], cache[n], new[n], lengths[n])):
+            np.testing.assert_allclose(x[n], y, rtol=1e-9, atol=1e-12)

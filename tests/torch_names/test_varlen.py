@@ -262,3 +262,16 @@ def test_traced_values_are_checked_on_request(monkeypatch):
 def test_ids_of_the_two_sides_pair_by_number():
     ids = packing.segment_ids_from_cu_seqlens(cumulative((0, 2, 0, 1)), 4)
     assert ids.tolist() == [2, 2, 4, 0]
+
+
+def test_vmap():
+    """Over arrays and over lengths, with one program for all."""
+    q, k = jnp.asarray(normal(0, 3, 12, 4, 16)), jnp.asarray(normal(1, 3, 12, 2, 16))
+    cu = np.array([[0, 4, 12], [0, 0, 9], [0, 11, 11]], np.int32)
+    call = lambda q, k, cu: flash_attn_varlen_func(q, k, k, cu, cu, 12, 12, causal=True)  # noqa: E731
+    for axes, lengths in (((0, 0, None), cu[0]), ((0, 0, 0), cu), ((None, None, 0), cu)):
+        x, y = (q, k) if axes[0] == 0 else (q[0], k[0])
+        out = jax.jit(jax.vmap(call, axes))(x, y, lengths)
+        for n in range(3):
+            one = [a if axis is None else a[n] for a, axis in zip((x, y, lengths), axes)]
+            np.testing.assert_allclose(out[n], call(*one), rtol=1e-9, atol=1e-12)
