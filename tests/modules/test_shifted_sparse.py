@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from support import hlo, oracle
 
-from jax_flashattn import flash_attn_varlen_qkvpacked_func, shifted_sparse_attention
+from jax_flashattn import (
+    flash_attention,
+    flash_attn_varlen_qkvpacked_func,
+    shifted_sparse_attention,
+)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -30,6 +34,9 @@ def documents(lengths: tuple, s: int) -> tuple[np.ndarray, np.ndarray]:
         at += abs(length)
     return positions, ids
 
+
+# Options a call may have; those of heads are of all four of them.
+OPTIONS = ({"scale": 0.3}, {"causal": False}, {"deterministic": True})
 
 ROWS = {
     "whole": (((48,), (48,)), "none"),
@@ -83,6 +90,27 @@ def test_definition(kind, hq, hk, group):
         gradients = pull((given["dout"], given["dlse"]))
     for name, x in zip(("out", "lse", "dq", "dk", "dv"), (*results, *gradients)):
         np.testing.assert_allclose(x, wanted[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_reach_the_heads_they_belong_to(options):
+    """Each half of the heads is one call over the documents that its groups are."""
+    q, k, v = normal(0, 2, 48, 4, 16), normal(1, 2, 48, 2, 16), normal(2, 2, 48, 2, 16)
+    out, lse = shifted_sparse_attention(q, k, v, 16, **options, return_lse=True)
+    for half, shift in enumerate((0, 8)):
+        ids = np.broadcast_to((np.arange(48, dtype=np.int32) + shift) // 16 + 1, (2, 48))
+        heads, own = slice(2 * half, 2 * half + 2), {"causal": True} | options
+        if "alibi_slopes" in own:
+            own["alibi_slopes"] = own["alibi_slopes"][..., heads]
+        wanted = flash_attention(
+            q[:, :, heads],
+            *(x[:, :, half : half + 1] for x in (k, v)),
+            segment_ids=ids,
+            return_lse=True,
+            **own,
+        )
+        np.testing.assert_allclose(out[:, :, heads], wanted[0], atol=2e-6)
+        np.testing.assert_allclose(lse[:, heads], wanted[1], atol=2e-6)
 
 
 @pytest.mark.parametrize(("s", "group"), [(128, 32), (8192, 2048)])

@@ -56,7 +56,18 @@ def turn(x, positions, rotary_dim, interleaved):
     return out
 
 
-def one(q, k, v, first, causal=False, window_size=(-1, -1), softmax_scale=None, **_):
+def one(
+    q,
+    k,
+    v,
+    first,
+    causal=False,
+    window_size=(-1, -1),
+    softmax_scale=D**-0.5,
+    softcap=np.inf,
+    alibi_slopes=(0.0,) * HQ,
+    **_,
+):
     """out, lse of q [sq, hq, d] over keys first, first + 1, ... of k, v [n, hk, d]."""
     sq, n = len(q), len(k)
     left, right = (np.inf if side in (-1, None) else side for side in window_size)
@@ -68,7 +79,9 @@ def one(q, k, v, first, causal=False, window_size=(-1, -1), softmax_scale=None, 
         if see.any():
             for h in range(HQ):
                 key = k[see][:, h // (HQ // HK)]
-                score = key @ q[i, h] * (D**-0.5 if softmax_scale is None else softmax_scale)
+                score = key @ q[i, h] * softmax_scale
+                score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
+                score = score - alibi_slopes[h] * np.abs(distance[see])
                 lse[h, i] = np.logaddexp.reduce(score)
                 out[i, h] = np.exp(score - lse[h, i]) @ v[see][:, h // (HQ // HK)]
     return out, lse

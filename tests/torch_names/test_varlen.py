@@ -131,7 +131,7 @@ def test_paged(features):
         tail = {"block_table": table, "return_attn_probs": True}
         return flash_attn_varlen_func(q, *pages, cu_q, cu_k, 20, 33, **features, **tail)[:2]
 
-    (out, lse), pull = jax.vjp(call, q)
+    (out, lse), pull = jax.vjp(jax.jit(call), q)
     check((out, lse, *pull((dout, jnp.zeros_like(lse)))), wanted[:3])
 
 
@@ -165,16 +165,17 @@ def test_padded_form_gives_the_same(kind):
     """What per-sequence ALiBi slopes go through."""
     lengths_q, lengths_k = LENGTHS[kind]
     total_q, total_k = sum(lengths_q) + 3, sum(lengths_k) + 5
-    q, k, v = (
-        jnp.asarray(normal(n, *shape, 16))
-        for n, shape in enumerate(((total_q, 4), (total_k, 2), (total_k, 2)))
-    )
-    query = module._side("q", cumulative(lengths_q), None, total_q, 20)
-    key = module._side("k", cumulative(lengths_k), None, total_k, 30)
+    q, k, v = normal(0, total_q, 4, 16), normal(2, total_k, 2, 16), normal(3, total_k, 2, 16)
     options = {"causal": True, "window": (6, None), "dropout_rate": 0.0}
-    packed, padded = (
-        form(q, k, v, query, key, options, False)[:2] for form in (module._packed, module._padded)
-    )
+
+    @jax.jit
+    def both(q, k, v):
+        query = module._side("q", cumulative(lengths_q), None, total_q, 20)
+        key = module._side("k", cumulative(lengths_k), None, total_k, 30)
+        forms = module._packed, module._padded
+        return [form(q, k, v, query, key, options, False)[:2] for form in forms]
+
+    packed, padded = both(q, k, v)
     check(padded, packed)
 
 
@@ -222,6 +223,18 @@ def test_errors(change, message):
 def test_max_seqlen_must_be_static():
     with pytest.raises(TypeError, match="max_seqlen_q must be a Python int"):
         jax.jit(lambda n: flash_attn_varlen_func(**_arguments() | {"max_seqlen_q": n}))(4)
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_probabilities_that_would_not_fit(n):
+    x = jax.ShapeDtypeStruct((65536, 2, 16), jnp.float32)
+    cu = cumulative((65536 // n,) * n)
+    tail = {"dropout_key": jax.random.key(0), "return_attn_probs": True}
+    with pytest.raises(ValueError, match=r"return_attn_probs would allocate 32\.0 GB"):
+        jax.eval_shape(
+            lambda x: flash_attn_varlen_func(x, x, x, cu, cu, 65536 // n, 65536 // n, 0.1, **tail),
+            x,
+        )
 
 
 def test_block_table_errors():
