@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jax_flashattn import flash_attention
+from jax_flashattn import flash_attention, shifted_sparse_attention
 
 VOCABULARY = 256  # a token is a byte
 
@@ -57,18 +57,22 @@ def make_config(size: str, **changes) -> Config:
 
 
 def attend(query, key, value, segment_ids, *, window: int | None, implementation: str):
-    """Causal attention within documents: the one place where the two implementations differ.
+    """Causal attention within documents: the one place where the implementations differ.
 
     Args:
         query: [b, s, hq, d]; key, value: [b, s, hk, d], where hk divides hq.
         segment_ids: int32 [b, s], 0 for padding.
         window: how many earlier keys a row sees beside itself; None for all.
-        implementation: "kernel" or "xla".
+        implementation: "kernel", "xla", or "shifted": the kernel, and layers without a window
+            attend within groups of a quarter of the row (LongLoRA).
 
     Returns:
         [b, s, hq, d] in the dtype of query.
     """
-    if implementation == "kernel":
+    if implementation == "shifted" and window is None:
+        group = query.shape[1] // 4
+        return shifted_sparse_attention(query, key, value, group, segment_ids=segment_ids)
+    if implementation in ("kernel", "shifted"):
         limits = None if window is None else (window, 0)
         return flash_attention(
             query, key, value, causal=True, window=limits, segment_ids=segment_ids

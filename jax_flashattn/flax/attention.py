@@ -3,17 +3,15 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array
 
-from jax_flashattn import _mask
+from jax_flashattn import _jax_masks
 from jax_flashattn._reference import masked_attention
 from jax_flashattn._validate import check_arrays
 from jax_flashattn.api import flash_attention
-from jax_flashattn.masks import IntervalMask
 
 
 # linen drops every keyword that is not a named parameter, nnx passes all of them: so each one is
@@ -139,33 +137,14 @@ def _batched_mask(mask: Array, batch: tuple[int, ...], heads: int, sq: int, sk: 
     return mask.reshape(math.prod(lead), *mask.shape[len(batch) :])
 
 
-def _causal_intervals(sq: int, sk: int) -> _mask.Intervals:
-    """Top-left aligned causal rows [1, sq], as jax.nn has them."""
-    hi = jnp.minimum(jnp.arange(1, sq + 1, dtype=jnp.int32), sk)[None]
-    return jnp.zeros_like(hi), hi
-
-
 def _attend(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> Array:
     sq, sk = query.shape[1], key.shape[1]
+    if mask is None and (not is_causal or sq == sk):  # then top-left is bottom-right
+        return flash_attention(query, key, value, causal=is_causal)
+    limits = _jax_masks.top_left(sq, sk, None, 0) if is_causal else None
     if mask is None:
-        if not is_causal or sq == sk:
-            return flash_attention(query, key, value, causal=is_causal)
-        return flash_attention(query, key, value, mask=IntervalMask(*_causal_intervals(sq, sk)))
-    if is_causal:
-        mask = mask & _mask.visible(*_causal_intervals(sq, sk), sk)[:, None]
-    first = mask[:, 0]
-    lo = jnp.argmax(first, axis=-1).astype(jnp.int32)
-    hi = lo + first.sum(-1, dtype=jnp.int32)
-    is_interval = (_mask.visible(lo, hi, sk)[:, None] == mask).all()
-
-    def kernel(query: Array, key: Array, value: Array) -> Array:
-        return flash_attention(query, key, value, mask=IntervalMask(lo, hi))
-
-    @jax.checkpoint  # or its q x k residuals would exist even where the kernel runs
-    def plain(query: Array, key: Array, value: Array) -> Array:
-        return masked_attention(query, key, value, mask, query.shape[-1] ** -0.5)[0]
-
-    return jax.lax.cond(is_interval, kernel, plain, query, key, value)
+        return flash_attention(query, key, value, mask=limits)
+    return _jax_masks.attend(query, key, value, mask, limits)[0]
 
 
 def _attend_with_weights(
@@ -174,6 +153,6 @@ def _attend_with_weights(
     sq, sk = query.shape[1], key.shape[1]
     visible = jnp.ones((1, 1, sq, sk), bool) if mask is None else mask
     if is_causal:
-        visible = visible & _mask.visible(*_causal_intervals(sq, sk), sk)[:, None]
+        visible = visible & _jax_masks.top_left(sq, sk, None, 0).materialize(sk)[:, None]
     out, _, weights = masked_attention(query, key, value, visible, query.shape[-1] ** -0.5)
     return out, weights.astype(query.dtype)

@@ -10,13 +10,22 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = (
     "api",
+    "bert_padding",
     "blockwise",
     "explanation",
+    "flash_attn",
+    "flash_attn_varlen",
+    "flash_mha",
     "flax.attention",
     "inspection",
+    "kvcache",
     "masks",
+    "nn",
+    "packing",
     "partials",
     "passes",
+    "rotary",
+    "shifted_sparse",
 )
 MODULES = tuple(f"jax_flashattn.{name}" for name in NAMES)
 

@@ -11,13 +11,27 @@ PACKAGE = ROOT / "jax_flashattn"
 
 # A module imports only from lower layers. What is not named here sits on top of all of them.
 LAYERS = (
-    {"_spec", "_mask", "_compat", "_native", "_partition", "_dropout", "_checks", "_dispatch"},
+    {
+        "_spec",
+        "_mask",
+        "_compat",
+        "_native",
+        "_partition",
+        "_dropout",
+        "_checks",
+        "_dispatch",
+        "_values",
+    },
     {"_mask_plot", "partials"},
     {"masks"},
     {"_validate"},
-    {"_primitives", "_reference"},
+    {"_primitives", "_reference", "packing", "_pages"},
+    {"bert_padding", "rotary"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
+    {"_torch_names", "_jax_masks"},
+    {"flash_attn", "flash_attn_varlen", "shifted_sparse", "nn", "kvcache"},
+    {"flash_mha"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS)

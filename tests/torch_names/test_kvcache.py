@@ -1,0 +1,384 @@
+"""flash_attn_with_kvcache against a plain numpy cache, in float64."""
+
+import functools
+import inspect
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import hlo
+
+from jax_flashattn import flash_attn_with_kvcache
+
+SIGNATURE = (  # reference: flash-attn 2.8.3
+    "q,k_cache,v_cache,k=None,v=None,rotary_cos=None,rotary_sin=None,cache_seqlens=None,"
+    "cache_batch_idx=None,cache_leftpad=None,block_table=None,softmax_scale=None,causal=False,"
+    "window_size=(-1,-1),softcap=0.0,rotary_interleaved=True,alibi_slopes=None,num_splits=0,"
+    "return_softmax_lse=False"
+)
+# Options a call may have, by flash-attn's names.
+FEATURES = (
+    {},
+    {"causal": True},
+    {"causal": True, "window_size": (9, -1), "num_splits": 4},
+    {"window_size": (6, 2), "softmax_scale": 0.3},
+)
+B, HQ, HK, D, CAPACITY, SIZE = 3, 4, 2, 32, 64, 16
+LENGTHS = np.array([5, 33, 0], np.int32)
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def tables(rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.arange(CAPACITY)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / rotary_dim)
+    return np.cos(angle), np.sin(angle)
+
+
+def turn(x, positions, rotary_dim, interleaved):
+    """x [n, h, d] at positions [n], number by number."""
+    x, out, half = x.copy(), x.copy(), rotary_dim // 2
+    cos, sin = (t[positions] for t in tables(rotary_dim))
+    for pair in range(half):
+        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        c, s = cos[:, pair, None], sin[:, pair, None]
+        out[..., i], out[..., j] = x[..., i] * c - x[..., j] * s, x[..., j] * c + x[..., i] * s
+    return out
+
+
+def one(
+    q,
+    k,
+    v,
+    first,
+    causal=False,
+    window_size=(-1, -1),
+    softmax_scale=D**-0.5,
+    softcap=np.inf,
+    alibi_slopes=(0.0,) * HQ,
+    **_,
+):
+    """out, lse of q [sq, hq, d] over keys first, first + 1, ... of k, v [n, hk, d]."""
+    sq, n = len(q), len(k)
+    left, right = (np.inf if side in (-1, None) else side for side in window_size)
+    out, lse = np.zeros_like(q), np.full((HQ, sq), -np.inf)
+    for i in range(sq):
+        distance = np.arange(n) - (i + n - sq)
+        see = (np.arange(n) >= first) & (distance >= -left) & (distance <= right)
+        see &= (distance <= 0) | (not causal)
+        if see.any():
+            for h in range(HQ):
+                key = k[see][:, h // (HQ // HK)]
+                score = key @ q[i, h] * softmax_scale
+                score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
+                score = score - alibi_slopes[h] * np.abs(distance[see])
+                lse[h, i] = np.logaddexp.reduce(score)
+                out[i, h] = np.exp(score - lse[h, i]) @ v[see][:, h // (HQ // HK)]
+    return out, lse
+
+
+def oracle(q, rows, new, lengths, leftpad=None, rotary=None, **features):
+    """out, lse and what the rows [2, b, capacity, hk, d] of the cache hold afterwards."""
+    rows, out, lse = rows.copy(), np.zeros_like(q), np.zeros((B, HQ, q.shape[1]))
+    moving = features.get("causal") or features.get("window_size", (-1, -1)) != (-1, -1)
+    for b, start in enumerate(lengths):
+        total, query = start, q[b]
+        if new is not None:
+            k, v = new[:, b]
+            total = start + len(k)
+            if rotary:
+                k = turn(k, start + np.arange(len(k)), *rotary)
+                steps = np.arange(len(query)) if moving else np.zeros(len(query), int)
+                query = turn(query, start + steps, *rotary)
+            rows[:, b, start:total] = k, v
+        first = 0 if leftpad is None else leftpad[b]
+        out[b], lse[b] = one(query, *rows[:, b, :total], first, **features)
+    return out, lse, rows
+
+
+class Contiguous:
+    """Rows of the cache as they are, or at cache_batch_idx."""
+
+    def __init__(self, indices=None):
+        self.indices = np.arange(B) if indices is None else np.array(indices, np.int32)
+        self.arguments = {} if indices is None else {"cache_batch_idx": self.indices}
+        self.size = B if indices is None else 5
+
+    def store(self, rows):
+        cache = np.full((2, self.size, *rows.shape[2:]), np.nan)
+        cache[:, self.indices] = rows
+        return cache
+
+    def load(self, cache):
+        return cache[:, self.indices]
+
+
+class Paged:
+    """Rows of the cache in blocks, in any order, with NaN in blocks that nobody owns."""
+
+    def __init__(self):
+        order = np.random.default_rng(9).permutation(20)[: B * CAPACITY // SIZE]
+        self.table = order.reshape(B, -1).astype(np.int32)
+        self.arguments = {"block_table": self.table}
+
+    def store(self, rows):
+        cache = np.full((2, 20, SIZE, HK, D), np.nan)
+        cache[:, self.table] = rows.reshape(2, B, -1, SIZE, HK, D)
+        return cache
+
+    def load(self, cache):
+        return cache[:, self.table].reshape(2, B, CAPACITY, HK, D)
+
+
+KINDS = {"plain": Contiguous, "indexed": lambda: Contiguous([4, 0, 2]), "paged": Paged}
+
+
+def garbage_behind(rows, lengths):
+    """NaN in what the cache does not hold yet."""
+    rows = rows.copy()
+    for b, length in enumerate(lengths):
+        rows[:, b, length:] = np.nan
+    return rows
+
+
+def check(kind, sq, new_tokens, *, leftpad=None, rotary=None, lengths=LENGTHS, **features):
+    layout = KINDS[kind]()
+    q = normal(0, B, sq, HQ, D)
+    rows = garbage_behind(normal(1, 2, B, CAPACITY, HK, D), lengths)
+    new = None if new_tokens is None else normal(2, 2, B, new_tokens, HK, D)
+    wanted = oracle(q, rows, new, lengths, leftpad, rotary, **features)
+    cache = layout.store(rows)
+    options = features | layout.arguments | {"return_softmax_lse": True}
+    if leftpad is not None:
+        options["cache_leftpad"] = leftpad
+    if rotary:
+        cos, sin = tables(rotary[0])
+        options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": rotary[1]}
+
+    def call(q, cache, new, lengths):
+        new = (None, None) if new is None else new
+        return flash_attn_with_kvcache(q, *cache, *new, cache_seqlens=lengths, **options)
+
+    for function in (call, jax.jit(call)):
+        results = function(q, cache, new, lengths)
+        np.testing.assert_allclose(results[0], wanted[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(results[-1], wanted[1], rtol=1e-9)
+        assert len(results) == (2 if new is None else 4)
+        if new is not None:
+            after = np.stack(results[1:3])
+            np.testing.assert_allclose(layout.load(after), wanted[2], rtol=1e-12)
+            np.testing.assert_array_equal(after, layout.store(layout.load(after)))  # only there
+
+
+def test_signature():
+    parameters = inspect.signature(flash_attn_with_kvcache).parameters.values()
+    given = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    words = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in given]
+    assert ",".join(words).replace(", ", ",") == SIGNATURE
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("sq", "new"), [(1, 1), (1, None), (7, 7), (3, 20), (20, 3), (31, 31)])
+def test_append_and_attend(kind, sq, new, features):
+    check(kind, sq, new, **features)
+
+
+@pytest.mark.parametrize("features", FEATURES[:3], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rotary", [(16, True), (32, True), (16, False), (32, False)], ids=str)
+def test_rotary(kind, rotary, features):
+    check(kind, 5, 5, rotary=rotary, **features)
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new", [None, 4])
+def test_leftpad(kind, new, features):
+    leftpad = np.array([2, 30, 0], np.int32)
+    check(kind, 4, new, leftpad=leftpad, rotary=None if new is None else (16, True), **features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_length_for_all(kind):
+    """cache_seqlens as an int, and as a traced scalar."""
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 2, HQ, D), normal(2, 2, B, 2, HK, D)
+    rows = garbage_behind(normal(1, 2, B, CAPACITY, HK, D), [11] * B)
+    wanted = oracle(q, rows, new, [11] * B, causal=True)
+    call = functools.partial(flash_attn_with_kvcache, causal=True, **layout.arguments)
+    cache = layout.store(rows)
+    jitted = jax.jit(lambda n: call(q, *cache, *new, cache_seqlens=n))
+    for out, *caches in (call(q, *cache, *new, cache_seqlens=11), jitted(np.int32(11))):
+        np.testing.assert_allclose(out, wanted[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(layout.load(np.stack(caches)), wanted[2], rtol=1e-12)
+
+
+def test_a_full_cache_is_the_default():
+    q, rows = normal(0, B, 3, HQ, D), normal(1, 2, B, CAPACITY, HK, D)
+    out = flash_attn_with_kvcache(q, *rows, causal=True)
+    wanted = oracle(q, rows, None, [CAPACITY] * B, causal=True)
+    np.testing.assert_allclose(out, wanted[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_cache_of_more_rows_than_queries():
+    q, rows = normal(0, B, 1, HQ, D), normal(1, 2, 5, CAPACITY, HK, D)
+    out = flash_attn_with_kvcache(q, *rows, cache_seqlens=LENGTHS)
+    wanted = oracle(q, rows[:, :B], None, LENGTHS)
+    np.testing.assert_allclose(out, wanted[0], rtol=1e-9, atol=1e-12)
+
+
+def test_chunked_prefill_and_decode_give_the_whole_sequence():
+    """Any cut of a sequence into chunks gives what one causal call gives."""
+    q, k, v = normal(0, 1, 40, HQ, D), normal(1, 1, 40, HK, D), normal(2, 1, 40, HK, D)
+    whole = oracle(
+        *(np.repeat(q, B, 0), np.zeros((2, B, CAPACITY, HK, D))),
+        *(np.repeat(np.stack([k, v]), B, 1), [0] * B),
+        causal=True,
+        rotary=(16, True),
+    )[0][:1]
+    cos, sin = tables(16)
+    for cuts in ([0, 40], [0, 7, 8, 9, 30, 40], [*range(41)]):
+        cache, parts = [jnp.zeros((1, CAPACITY, HK, D))] * 2, []
+        for start, end in itertools.pairwise(cuts):
+            chunk = [x[:, start:end] for x in (q, k, v)]
+            out, *cache = flash_attn_with_kvcache(
+                *(chunk[0], *cache, *chunk[1:], cos, sin, start), causal=True
+            )
+            parts.append(out)
+        np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-9, atol=1e-12)
+
+
+def _step(q, k_cache, v_cache, new, lengths):
+    return flash_attn_with_kvcache(
+        q, k_cache, v_cache, new, new, cache_seqlens=lengths, causal=True
+    )
+
+
+def _cache_sized(compiled, shape: str) -> list[str]:
+    """Operations of the entry and loop computations with a result of the cache's shape."""
+    lines = re.findall(rf"= {re.escape(shape)}\S* (\S+)\(", compiled.as_text())
+    fine = {"parameter", "get-tuple-element", "scatter", "fusion", "dynamic-update-slice"}
+    return [x for x in lines if x not in fine]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("lengths", [17, np.array([3, 9, 100, 7], np.int32)], ids=["int", "array"])
+def test_a_donated_cache_is_updated_in_place(loop, lengths):
+    """No copy of the cache, and temporary memory far below its size; also carried through scan."""
+    cache = jnp.zeros((4, 512, HK, D), jnp.float32)
+    q, new = jnp.ones((4, 1, HQ, D), jnp.float32), jnp.ones((4, 1, HK, D), jnp.float32)
+
+    def run(q, k_cache, v_cache):
+        if not loop:
+            return _step(q, k_cache, v_cache, new, lengths)
+
+        def body(carry, _):
+            k_cache, v_cache, n, q = carry
+            out, k_cache, v_cache = _step(q, k_cache, v_cache, new, n)
+            return (k_cache, v_cache, n + 1, out), out
+
+        start = (k_cache, v_cache, jnp.asarray(lengths, jnp.int32), q)
+        return jax.lax.scan(body, start, length=8)
+
+    compiled = jax.jit(run, donate_argnums=(1, 2)).lower(q, cache, cache).compile()
+    hlo.assert_kernels(compiled.as_text(), forward=1)
+    assert not _cache_sized(compiled, "f32[4,512,2,32]")
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < cache.nbytes / 20
+    assert memory.alias_size_in_bytes >= 2 * cache.nbytes
+
+
+def _bad(**change):
+    x, cache = np.ones((2, 1, HQ, D)), np.ones((2, 32, HK, D))
+    new = np.ones((2, 1, HK, D))
+    base = {"q": x, "k_cache": cache, "v_cache": cache, "k": new, "v": new, "cache_seqlens": 5}
+    return flash_attn_with_kvcache(**base | change)
+
+
+TABLE = np.zeros((2, 2), np.int32)
+BAD = (
+    ({"cache_seqlens": 32}, "room for 32 keys per sequence; cache_seqlens 32 and 1 new ones"),
+    ({"cache_seqlens": [5, 40]}, "cache_seqlens 40 and 1 new ones do not fit"),
+    ({"cache_seqlens": [5, -1]}, "cache_seqlens must be 0 or more, got -1"),
+    ({"cache_seqlens": None}, "cache_seqlens must be given with k and v"),
+    ({"v": None}, "k and v must be given together"),
+    ({"k": np.ones((2, 1, 3, D))}, r"k must have shape \(2, 1, 2, 32\)"),
+    ({"cache_batch_idx": [0, 2]}, "cache_batch_idx must be 0 to 1, got 0 to 2"),
+    ({"cache_leftpad": [0, 33]}, "cache_leftpad must be 0 to 32, got 0 to 33"),
+    ({"block_table": TABLE + 2}, "block_table must hold ids 0 to 1, got 2"),
+    ({"block_table": TABLE, "cache_batch_idx": [0, 1]}, "no meaning with block_table"),
+    ({"block_table": TABLE[:1]}, r"block_table must have shape \[2, blocks per sequence\]"),
+    ({"num_splits": -1}, "num_splits must be 0 to 128, got -1"),
+    ({"rotary_cos": np.ones((32, 4))}, "rotary_cos and rotary_sin must be given together"),
+    (dict.fromkeys(("rotary_cos", "rotary_sin"), np.ones((32, 4))), "multiple of 16, got 8"),
+    (dict.fromkeys(("rotary_cos", "rotary_sin"), np.ones((32, 24))), "at most head_dim 32, got 48"),
+    (dict.fromkeys(("rotary_cos", "rotary_sin"), np.ones((31, 8))), "32 positions, got 31"),
+)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[x[1] for x in BAD])
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        _bad(**change)
+
+
+def test_type_errors():
+    with pytest.raises(TypeError, match="k must have the cache's dtype float64, got float32"):
+        _bad(k=np.ones((2, 1, HK, D), np.float32))
+    with pytest.raises(TypeError, match="cache_seqlens must have dtype int32"):
+        _bad(cache_seqlens=np.ones(2))
+    with pytest.raises(ValueError, match="rotary_cos and rotary_sin need k and v"):
+        _bad(k=None, v=None, rotary_cos=np.ones((32, 8)), rotary_sin=np.ones((32, 8)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_traced_nonsense_never_writes_elsewhere(kind):
+    """Lengths and tables out of range: what fits is written to its place, the rest is dropped."""
+    layout = KINDS[kind]()
+    rows, new = normal(1, 2, B, CAPACITY, HK, D), normal(2, 2, B, 4, HK, D)
+    lengths = np.array([CAPACITY - 2, 2**31 - 1, -7], np.int32)
+    wanted = rows.copy()
+    wanted[:, 0, -2:] = new[:, 0, :2]
+    wanted[:, 2, :4] = new[:, 2]
+    run = jax.jit(
+        lambda cache, lengths, arguments: flash_attn_with_kvcache(
+            normal(0, B, 4, HQ, D), *cache, *new, cache_seqlens=lengths, causal=True, **arguments
+        )
+    )
+    out, *caches = run(layout.store(rows), lengths, layout.arguments)
+    np.testing.assert_array_equal(layout.load(np.stack(caches)), wanted)
+    assert np.all(np.isfinite(out))
+    for name, array in layout.arguments.items():
+        for wrong in (-1, 99, -(2**31), 2**31 - 1):
+            after = run(layout.store(rows), lengths, {name: np.full_like(array, wrong)})[1:]
+            np.testing.assert_array_equal(np.stack(after), layout.store(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap(kind):
+    layout = KINDS[kind]()
+    q, rows = normal(0, 2, B, 1, HQ, D), normal(1, 2, 2, B, CAPACITY, HK, D)
+    new = normal(2, 2, 2, B, 1, HK, D)
+    cache = np.stack([layout.store(x) for x in rows])
+    lengths = np.stack([LENGTHS, LENGTHS + 7])
+
+    def call(q, cache, new, lengths):
+        return flash_attn_with_kvcache(
+            q, *cache, *new, cache_seqlens=lengths, causal=True, **layout.arguments
+        )
+
+    results = jax.jit(jax.vmap(call))(q, cache, new, lengths)
+    for n in range(2):
+        for x, y in zip(results, call(q[n], cache[n], new[n], lengths[n])):
+            np.testing.assert_allclose(x[n], y, rtol=1e-9, atol=1e-12)
