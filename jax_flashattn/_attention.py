@@ -8,9 +8,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_flashattn import _compat
+from jax_flashattn._operands import Operands
 from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn._spec import AttentionSpec
-from jax_flashattn._validate import Operands
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -33,12 +33,22 @@ def _attention_backward(spec: AttentionSpec, residuals, cotangents):
     # S10: a cotangent of lse enters the score gradient P * (dP - delta) with the opposite sign.
     row_dot = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
     delta = row_dot.swapaxes(1, 2) - dlse
-    gradients = flash_backward(operands, dout, lse, delta, spec)
-    matched = [
-        _compat.match_cotangent(ct, x)
-        for ct, x in zip(gradients, (operands.query, operands.key, operands.value))
-    ]
-    return (Operands(*matched),)
+    dq, dk, dv, dbias = flash_backward(operands, dout, lse, delta, spec)
+    gradients = {"query": dq, "key": dk, "value": dv, "bias": dbias}
+    if operands.sinks is not None:
+        gradients["sinks"] = _sink_gradient(operands.sinks, lse, delta)
+    matched = {
+        name: _compat.match_cotangent(ct, getattr(operands, name))
+        for name, ct in gradients.items()
+        if getattr(operands, name) is not None
+    }
+    return (Operands(**(dict.fromkeys(Operands._fields) | matched)),)
+
+
+def _sink_gradient(sinks, lse, delta):
+    """S15: the sink's probability times -delta, over all rows; rows that see nothing have none."""
+    probability = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    return -jnp.where(jnp.isneginf(lse), 0, probability * delta).sum(-1)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
