@@ -25,7 +25,7 @@ struct BackwardBuffers {
   T *query_col, *dout_col, *query_row, *dout_row;
   Acc *dquery, *lse, *delta;
   // Of features.
-  Acc* bias;
+  Acc *bias, *dbias;
   uint64_t* keep;
   Sizes n;
 
@@ -43,6 +43,7 @@ struct BackwardBuffers {
         lse(a.take<Acc>(tiles * kRows)),
         delta(a.take<Acc>(tiles * kRows)),
         bias(a.take<Acc>(kTileKeys * kRows)),
+        dbias(a.take<Acc>(kTileKeys * kRows)),
         keep(a.take<uint64_t>(kTileKeys)),
         n(n) {
     if constexpr (M::kDepth == 1) {  // in place
@@ -84,8 +85,8 @@ struct KeyGradients {
 // Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
 template <class M, bool kPartial, bool kFeatured>
 inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
-                            const TileFeatures<typename M::Acc>* features, int vector, int64_t j0,
-                            int64_t count, typename M::Acc c) {
+                            const TileFeatures<typename M::Acc>* features, typename M::Acc* dbias,
+                            int vector, int64_t j0, int64_t count, typename M::Acc c) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   const int at = vector * L;
@@ -98,7 +99,12 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
     const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
     if constexpr (kFeatured) {
       Vec<Acc> steepness;
-      *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness) * steepness;
+      *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
+      if (dbias) {
+        if constexpr (kPartial) *ds = lanes_that_see(lo, hi, j) ? *ds : Vec<Acc>{};
+        store(dbias + j * kRows + at, *ds);
+      }
+      *ds *= steepness;
       *p = lanes.kept(*p, j);
     } else {
       *p = exp2<M::kExpTerms>(score * c - lse);
@@ -190,12 +196,14 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
   const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b), j0, count, c,
                                t.bias,     t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
+  Acc* const dbias = kFeatured && is_bias_per_pair(p) ? t.dbias : nullptr;
   for (int x = 0; x < vectors; ++x) {
     if (partial)
-      score_gradients<M, true, kFeatured>(t, rows, &tile, x, j0, count, c);
+      score_gradients<M, true, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
     else
-      score_gradients<M, false, kFeatured>(t, rows, &tile, x, j0, count, c);
+      score_gradients<M, false, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
   }
+  if (dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
   if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
     return add_visible_gradients<M>(t, to, rows, n, j0, count);
   matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
@@ -221,7 +229,10 @@ void backward_group(const BackwardParams& p, const RowMap& map,
   for (int64_t x = 0; x < tiles; ++x) {
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
-    if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+    if constexpr (kFeatured) {
+      find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+      if (is_bias_per_pair(p)) clear_bias_rows<Storage>(p, rows[x], b, g);
+    }
     const auto t = buffers.of_tile(x);
     pack_tile<M, Storage>(p, t, rows[x], b, g);
     rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&

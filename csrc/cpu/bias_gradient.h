@@ -1,8 +1,9 @@
 // The gradient of an additive bias (docs/semantics.md S8): dS summed over what shares a bias.
 //
-// One task owns a block of the bias, walks every (b, head, tile) that reads it in fixed order, and
-// writes the block once: no partial sums in memory, no race, the same bits for any number of
-// threads. It computes scores and dP a second time, which only calls with a bias pay for.
+// Where every pair has a bias of its own, the backward pass writes its dS as it goes. Else one task
+// owns a block of the bias, walks every (b, head, tile) that reads it in fixed order, and writes
+// the block once: no partial sums in memory, no race, the same bits for any number of threads. That
+// computes scores and dP a second time, which only calls with a shared bias pay for.
 #pragma once
 
 #include "cpu/features.h"
@@ -33,6 +34,60 @@ inline V featured_gradient(const LaneFeatures<M>& lanes, V score, V dprob, V lse
                            int64_t j, V* p, V* steepness) {
   *p = exp2<M::kExpTerms>(lanes.score(score, j, steepness) - lse);
   return *p * (lanes.kept_and_scaled(dprob, j) - delta);
+}
+
+// Whether every pair has a bias of its own.
+inline bool is_bias_per_pair(const BackwardParams& p) {
+  const Bias& bias = p.features.bias;
+  const Sizes& n = p.n;
+  return bias.data && (bias.b || n.b == 1) && (bias.g || n.g == 1) && (bias.r || n.r == 1) &&
+         (bias.i || n.sq == 1) && (bias.j || n.sk == 1);
+}
+
+// Calls `write(element type)` with a value of the type of the bias.
+template <class Storage, class Write>
+inline void with_bias_type(const BackwardParams& p, const Write& write) {
+  if (p.features.bias.dtype == DType::kF32) return write(float());
+  write(Storage());
+}
+
+// The biases of a tile's rows, from key 0: null for a lane without a row.
+template <class To>
+inline To* bias_row(const BackwardParams& p, const Rows& rows, int64_t b, int64_t g, int l) {
+  const Bias& bias = p.features.bias;
+  if (rows.head[l] < 0) return nullptr;
+  return static_cast<To*>(p.dbias) + b * bias.b + g * bias.g + rows.head[l] * bias.r +
+         rows.i[l] * bias.i;
+}
+
+// Bias of its own per pair: what no tile of keys reaches is 0.
+template <class Storage>
+inline void clear_bias_rows(const BackwardParams& p, const Rows& rows, int64_t b, int64_t g) {
+  with_bias_type<Storage>(p, [&](auto type) {
+    for (int l = 0; l < rows.count; ++l)
+      if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l))
+        __builtin_memset(row, 0, p.n.sk * sizeof type);
+  });
+}
+
+// Bias of its own per pair: dS [count][kRows] of one tile of rows, rounded into place.
+template <class Storage, class Acc>
+inline void write_score_gradients(const BackwardParams& p, const Acc* ds, const Rows& rows,
+                                  int64_t b, int64_t g, int64_t j0, int64_t count) {
+  constexpr int L = kLanes<Acc>;
+  with_bias_type<Storage>(p, [&](auto type) {
+    for (int l0 = 0; l0 < rows.count; l0 += L) {
+      for (int64_t j = 0; j < count; j += L) {
+        Vec<Acc> square[L];
+        for (int u = 0; u < L; ++u)
+          square[u] = j + u < count ? load(ds + (j + u) * kRows + l0) : Vec<Acc>{};
+        transpose<Acc>(square);
+        for (int l = 0; l < L; ++l)
+          if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l0 + l))
+            store_some<Acc>(row + j0 + j, count - j, square[l]);
+      }
+    }
+  });
 }
 
 template <class M>
@@ -174,15 +229,14 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
       for (int64_t r = rs.begin; r < rs.end; ++r)
         for (int64_t i = is.begin; i < is.end; ++i) add_rows(b, g, r * ceil_div(n.sq, kRows) + i);
   const int64_t offset = b0 * bias.b + g0 * bias.g + r0 * bias.r;
-  if (bias.dtype == DType::kF32)
-    write_bias_block<Acc, float>(p, t.sum, tile_i * kRows, tile_j * kTileKeys, offset);
-  else
-    write_bias_block<Acc, Storage>(p, t.sum, tile_i * kRows, tile_j * kTileKeys, offset);
+  with_bias_type<Storage>(p, [&](auto type) {
+    write_bias_block<Acc, decltype(type)>(p, t.sum, tile_i * kRows, tile_j * kTileKeys, offset);
+  });
 }
 
 template <class Storage>
 void bias_gradient(const BackwardParams& p, Executor& executor) {
-  if (p.features.bias.data == nullptr) return;
+  if (p.features.bias.data == nullptr || is_bias_per_pair(p)) return;
   struct Context {
     const BackwardParams& p;
     BiasBlocks blocks;

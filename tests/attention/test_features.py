@@ -10,7 +10,11 @@ from support.check import GRADIENTS, check_case, execute
 from support.compare import assert_bitwise
 from support.data import dropout_key, make_problem
 
-from jax_flashattn import IntervalMask, flash_attention
+from jax_flashattn import IntervalMask, _dropout, flash_attention
+from jax_flashattn._attention import attention
+from jax_flashattn._operands import Operands
+from jax_flashattn._reference import reference_attention
+from jax_flashattn._spec import AttentionSpec
 
 EVERYTHING = {"softcap": 1.5, "alibi": "bh", "sinks": True, "dropout": 0.25}
 BASE = Case(b=2, sq=70, sk=130, hq=4, hk=2, d=24, dv=40, causal=True, dlse=True)
@@ -331,6 +335,33 @@ class TestDropout:
         )  # fmt: skip
         dv = np.einsum("bihj,bihe->bjhe", p, x["dout"]).reshape(2, 130, 2, 2, 40).sum(3)
         np.testing.assert_allclose(results["dv"], dv, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_shards_of_keys_keep_their_coordinates(implementation):
+    """Keys 0, 2, 4, ... and 1, 3, 5, ... in a ring: ALiBi and dropout are the whole's."""
+    run = {"kernel": attention, "reference": reference_attention}[implementation]
+    problem = make_problem(BASE.replace(alibi="bh", dropout=0.4, hk=4))
+    q, k, v = (jnp.asarray(problem.given[n]) for n in ("query", "key", "value"))
+    out, lse = flash_attention(q, k, v, **problem.mask_arguments(), **problem.case.options(),
+                               return_lse=True)  # fmt: skip
+    spec = AttentionSpec(24**-0.5, keep_threshold=round(0.6 * 65536))
+    streams = _dropout.streams(tuple(jnp.asarray(dropout_key(BASE))), 2, 4)
+    position = jnp.broadcast_to(jnp.arange(70, dtype=jnp.int32) + 60, (2, 70))
+    parts = []
+    for start in (0, 1):
+        hi = (position + 1 - start + 1) // 2
+        operands = Operands(
+            q, k[:, start::2], v[:, start::2], lo=jnp.zeros_like(hi), hi=hi, position=position,
+            key_coordinates=jnp.array([[start, 2]] * 2, jnp.int32),
+            slopes=jnp.asarray(problem.features.slopes), dropout=streams,
+        )  # fmt: skip
+        parts.append(run(operands, spec))
+    merged = np.logaddexp(*(np.asarray(x[1]) for x in parts))
+    np.testing.assert_allclose(lse, merged, rtol=1e-5)
+    weights = [np.exp(np.asarray(x[1]) - merged).swapaxes(1, 2)[..., None] for x in parts]
+    total = sum(w * np.asarray(x[0]) for w, x in zip(weights, parts))
+    np.testing.assert_allclose(out, total, rtol=1e-4, atol=3e-6)
 
 
 @cases(BASE.replace(**EVERYTHING, bias="hij", dtype="float64"))
