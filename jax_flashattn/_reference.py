@@ -75,7 +75,7 @@ def masked_attention(
     score = jnp.where(visible, score, -jnp.inf)
     # The maximum cancels, so it needs no gradient: it only keeps exp in range.
     largest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf))
-    sees_any = visible.any(-1, keepdims=True)
+    sees_any, sinks = visible.any(-1, keepdims=True), None
     if extras.added is not None:  # S11: -inf in a bias may hide everything
         sees_any = sees_any & ~jnp.isneginf(largest)
     if extras.sinks is not None:
@@ -84,7 +84,7 @@ def masked_attention(
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
     weight = jnp.where(visible, jnp.exp(score - largest), 0)
     total = weight.sum(-1, keepdims=True)
-    if extras.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - largest)
     probability = weight / jnp.where(sees_any, total, 1)
     kept = probability

@@ -341,6 +341,7 @@ class TestDropout:
 def test_shards_of_keys_keep_their_coordinates(implementation):
     """Keys 0, 2, 4, ... and 1, 3, 5, ... in a ring: ALiBi and dropout are the whole's."""
     run = {"kernel": attention, "reference": reference_attention}[implementation]
+    run = jax.jit(run, static_argnums=1)
     problem = make_problem(BASE.replace(alibi="bh", dropout=0.4, hk=4))
     q, k, v = (jnp.asarray(problem.given[n]) for n in ("query", "key", "value"))
     out, lse = flash_attention(q, k, v, **problem.mask_arguments(), **problem.case.options(),
