@@ -208,6 +208,16 @@ class TestBias:
             for name, x in execute(problem, problem.given).items():
                 assert_bitwise(name, x, first[name], case)
 
+    @pytest.mark.parametrize("axes", ["bhij", "ij"])
+    def test_gradients_of_hidden_pairs_are_written(self, axes):
+        """Freed NaN buffers of the bias's size come back as its gradient."""
+        case = BASE.replace(bias=axes, sq=200, sk=200, left=3)
+        for _ in range(3):
+            dirty = [jnp.full(make_problem(case).bias.shape, jnp.nan) for _ in range(4)]
+            for x in jax.block_until_ready(dirty):
+                x.delete()
+            check_case(case)
+
     def test_a_bias_that_the_call_does_not_differentiate(self):
         problem = make_problem(BASE.replace(bias="hij"))
         q, k, v = (jnp.asarray(problem.given[n]) for n in ("query", "key", "value"))
