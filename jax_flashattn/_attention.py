@@ -34,15 +34,15 @@ def _attention_backward(spec: AttentionSpec, residuals, cotangents):
     row_dot = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
     delta = row_dot.swapaxes(1, 2) - dlse
     dq, dk, dv, dbias = flash_backward(operands, dout, lse, delta, spec)
-    gradients = {"query": dq, "key": dk, "value": dv, "bias": dbias}
+    gradients = Operands(dq, dk, dv)  # None is zero
+    if operands.bias is not None:
+        gradients = gradients._replace(bias=dbias)
     if operands.sinks is not None:
-        gradients["sinks"] = _sink_gradient(operands.sinks, lse, delta)
-    matched = {
-        name: _compat.match_cotangent(ct, getattr(operands, name))
-        for name, ct in gradients.items()
-        if getattr(operands, name) is not None
-    }
-    return (Operands(**(dict.fromkeys(Operands._fields) | matched)),)
+        gradients = gradients._replace(sinks=_sink_gradient(operands.sinks, lse, delta))
+    matched = [
+        None if ct is None else _compat.match_cotangent(ct, x) for ct, x in zip(gradients, operands)
+    ]
+    return (Operands._make(matched),)
 
 
 def _sink_gradient(sinks, lse, delta):

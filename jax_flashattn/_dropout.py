@@ -33,7 +33,9 @@ def _multiply(a: Array, b: int) -> tuple[Array, Array]:
     return a_high * b_high + (middle >> sixteen) + (middle_low >> sixteen), a * jnp.uint32(b)
 
 
-def philox(counter: tuple[Array, ...], key: tuple[Array, Array]) -> tuple[Array, ...]:
+def philox(
+    counter: tuple[Array, ...], key: tuple[Array, Array]
+) -> tuple[Array, Array, Array, Array]:
     """Four uint32 words from a counter of four and a key of two, broadcast together."""
     x0, x1, x2, x3 = counter
     key0, key1 = key

@@ -38,8 +38,8 @@ def _forward_abstract(*operands, spec):
 @flash_backward_p.def_abstract_eval
 def _backward_abstract(*operands, spec):
     del spec
-    given = Operands(*operands[: len(Operands._fields)])
-    results = [(x.shape, x.dtype) for x in (given.query, given.key, given.value, given.bias)]
+    given = dict(zip(Operands._fields, operands))  # dout, lse and delta follow
+    results = [(given[n].shape, given[n].dtype) for n in ("query", "key", "value", "bias")]
     return _compat.result_avals("flash_backward", operands, results)
 
 
