@@ -3,13 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_flashattn import _compat
+from jax_flashattn._operands import Operands
 from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn._spec import AttentionSpec
-from jax_flashattn._validate import Operands
 from jax_flashattn.partials import attention_delta
 
 
@@ -30,12 +31,23 @@ def _attention_forward(operands: Operands, spec: AttentionSpec):
 def _attention_backward(spec: AttentionSpec, residuals, cotangents):
     operands, out, lse = residuals
     dout, dlse = cotangents
-    gradients = flash_backward(operands, dout, lse, attention_delta(dout, out, dlse), spec)
+    delta = attention_delta(dout, out, dlse)
+    dq, dk, dv, dbias = flash_backward(operands, dout, lse, delta, spec)
+    gradients = Operands(dq, dk, dv)  # None is zero
+    if operands.bias is not None:
+        gradients = gradients._replace(bias=dbias)
+    if operands.sinks is not None:
+        gradients = gradients._replace(sinks=_sink_gradient(operands.sinks, lse, delta))
     matched = [
-        _compat.match_cotangent(ct, x)
-        for ct, x in zip(gradients, (operands.query, operands.key, operands.value))
+        None if ct is None else _compat.match_cotangent(ct, x) for ct, x in zip(gradients, operands)
     ]
-    return (Operands(*matched),)
+    return (Operands._make(matched),)
+
+
+def _sink_gradient(sinks, lse, delta):
+    """S15: the sink's probability times -delta, over all rows; rows that see nothing have none."""
+    probability = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    return -jnp.where(jnp.isneginf(lse), 0, probability * delta).sum(-1)
 
 
 attention.defvjp(_attention_forward, _attention_backward)

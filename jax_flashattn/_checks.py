@@ -1,5 +1,6 @@
 """Checks of one argument at a time, for prepare() and for the constructors of IntervalMask."""
 
+import math
 import operator
 from typing import Any
 
@@ -7,13 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 def as_array(x: Any, name: str) -> Array:
-    """x, if it is an array."""
+    """A jax array from a jax or numpy array."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     return jnp.asarray(x)
+
+
+def check_number(x: Any, name: str, instead: str) -> float:
+    """A finite number that is known at trace time; `instead` says what to do with a traced one."""
+    known = isinstance(x, (int, float, np.number, np.ndarray, jax.Array))
+    if isinstance(x, (Tracer, bool)) or not known:
+        raise TypeError(f"{name} must be a number known at trace time, got {x!r}; {instead}.")
+    value = float(x)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    return value
 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:

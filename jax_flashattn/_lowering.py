@@ -12,6 +12,7 @@ from jax import ShapeDtypeStruct
 
 from jax_flashattn import _compat, _native, _partition
 from jax_flashattn._compat import mlir
+from jax_flashattn._operands import Operands, is_absent
 from jax_flashattn._primitives import flash_backward_p, flash_forward_p, statistics_dtype
 
 _CUDA_DTYPES = ("bfloat16", "float16")
@@ -54,11 +55,15 @@ def _accumulators(query, key, value) -> ShapeDtypeStruct:
     )
 
 
-def _check_cuda(query) -> None:
+def _check_cuda(query, bias) -> None:
     if str(query.dtype) not in _CUDA_DTYPES:
         raise NotImplementedError(
             f"flash_attention on CUDA takes {' or '.join(_CUDA_DTYPES)}, got {query.dtype}; cast "
             "the inputs, or use implementation='reference'."
+        )
+    if not is_absent(bias):
+        raise NotImplementedError(
+            "flash_attention on CUDA does not support bias yet; use implementation='reference'."
         )
 
 
@@ -76,13 +81,16 @@ def _call(target: str, ctx, operands, spec, scratch, **extra):
 def _partitionable_call(target: str, ctx, operands, spec, scratch, names):
     """The same call in logical form, with the attributes XLA partitions it by."""
     operand_names, result_names = names
-    g = ctx.avals_in[1].shape[2]
+    operand_names = _partition.present(operand_names, ctx.avals_in)
+    result_names = _partition.present(result_names, ctx.avals_out)
+    b, _, g, _ = ctx.avals_in[1].shape
 
     def logical(*xs):
-        return [_partition.to_logical(n, x, g) for n, x in zip(operand_names, xs)]
+        return [_partition.to_logical(n, x, b, g) for n, x in zip(operand_names, xs)]
 
     def user(*xs):
-        return [_partition.from_logical(n, x) for n, x in zip(result_names, xs)]
+        shapes = [x.shape for x in ctx.avals_out]
+        return [_partition.from_logical(n, x, s) for n, x, s in zip(result_names, xs, shapes)]
 
     def lower(fun, avals_in, avals_out, values):
         sub_ctx = ctx.replace(avals_in=avals_in, avals_out=avals_out)
@@ -90,7 +98,7 @@ def _partitionable_call(target: str, ctx, operands, spec, scratch, names):
 
     avals_in = [_aval(x) for x in jax.eval_shape(logical, *map(_aval, ctx.avals_in))]
     avals_out = [
-        _aval(jax.eval_shape(lambda x, n=n: _partition.to_logical(n, x, g), _aval(x)))
+        _aval(jax.eval_shape(lambda x, n=n: _partition.to_logical(n, x, b, g), _aval(x)))
         for n, x in zip(result_names, ctx.avals_out)
     ]
     with_scratch = (*result_names, *scratch)
@@ -120,9 +128,10 @@ def _partitionable_call(target: str, ctx, operands, spec, scratch, names):
 
 def _lower(platform: str, target: str, names, ctx, *operands, spec):
     _native.require(platform)
-    query, key, value = ctx.avals_in[:3]
+    given = Operands(*ctx.avals_in[: len(Operands._fields)])
+    query, key, value = given.query, given.key, given.value
     if platform == "CUDA":
-        _check_cuda(query)
+        _check_cuda(query, given.bias)
     scratch = _scratch(platform, target, query, key, value)
     if _compat.may_be_partitioned(ctx):
         return _partitionable_call(target, ctx, operands, spec, scratch, names)

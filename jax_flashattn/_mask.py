@@ -4,6 +4,8 @@ This module and csrc/semantics/mask.h are the only places where the rule is writ
 both against a brute force. Everything here costs O(S).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -131,36 +133,60 @@ def _matching_runs(query_ids: Array, key_ids: Array) -> tuple[Array, Array, Arra
     return q_start, q_end, begin, jnp.where(found, k_end[partner], 0)
 
 
-def segment_intervals(
-    query_ids: Array, key_ids: Array | None, left: int | None, right: int | None
-) -> Intervals:
-    """S6: intervals [b, sq] of packed segments, each with its own bottom-right aligned window.
+class SegmentRows(NamedTuple):
+    """Of each row [b, sq]: its aligned key, the key run it meets, and whether it is real."""
+
+    centre: Array
+    begin: Array
+    end: Array
+    real: Array
+
+
+def segment_rows(query_ids: Array, key_ids: Array | None) -> SegmentRows:
+    """S6: where each row of packed segments stands among the keys.
 
     Args:
       query_ids: int32 [b, sq]; a segment is a maximal run of equal ids, 0 is padding.
       key_ids: int32 [b, sk], or None for self-attention (the query's ids).
-      left: bound on earlier keys within the segment, or None.
-      right: bound on later keys within the segment, or None.
     """
     row = jnp.arange(query_ids.shape[1], dtype=jnp.int32)
 
-    def one(q_ids: Array, k_ids: Array | None) -> Intervals:
+    def one(q_ids: Array, k_ids: Array | None) -> SegmentRows:
         if k_ids is None:
             q_start, q_end = _runs(q_ids)
             begin, end = q_start, q_end
         elif q_ids.size == 0 or k_ids.size == 0:
-            return jnp.zeros_like(q_ids), jnp.zeros_like(q_ids)
+            nothing = jnp.zeros_like(q_ids)
+            return SegmentRows(nothing, nothing, nothing, nothing != 0)
         else:
-            q_start, q_end, begin, end = _matching_runs(q_ids, k_ids)
-        centre = end - (q_end - row)
-        lo = begin if left is None else jnp.clip(centre - left, begin, end)
-        hi = end if right is None else jnp.clip(centre + right + 1, begin, end)
-        real = q_ids != 0
-        return jnp.where(real, lo, 0), jnp.where(real, hi, 0)
+            _, q_end, begin, end = _matching_runs(q_ids, k_ids)
+        return SegmentRows(end - (q_end - row), begin, end, q_ids != 0)
 
     if key_ids is None:
         return jax.vmap(lambda q_ids: one(q_ids, None))(query_ids)
     return jax.vmap(one)(query_ids, key_ids)
+
+
+def segment_intervals(rows: SegmentRows, left: int | None, right: int | None) -> Intervals:
+    """S6: intervals [b, sq] of packed segments, each with its own bottom-right aligned window.
+
+    Args:
+      rows: of segment_rows.
+      left: bound on earlier keys within the segment, or None.
+      right: bound on later keys within the segment, or None.
+    """
+    centre, begin, end, real = rows
+    lo = begin if left is None else jnp.clip(centre - left, begin, end)
+    hi = end if right is None else jnp.clip(centre + right + 1, begin, end)
+    return jnp.where(real, lo, 0), jnp.where(real, hi, 0)
+
+
+def arithmetic_positions(sq: int, sk: int, lengths: Array | None = None) -> Array:
+    """S2: the aligned key coordinate [b or 1, sq] of each row, of ALiBi and dropout."""
+    row = jnp.arange(sq, dtype=jnp.int32)[None]
+    if lengths is None:
+        return row + (sk - sq)
+    return row + jnp.clip(lengths[:, 1:], 0, sk) - jnp.clip(lengths[:, :1], 0, sq)
 
 
 def visible(lo: Array, hi: Array, sk: int) -> Array:

@@ -1,19 +1,18 @@
 """The two primitives, in the user's layout.
 
-  flash_forward   query, key, value, lengths, lo, hi                     -> out, lse
-  flash_backward  query, key, value, lengths, lo, hi, dout, lse, delta   -> dq, dk, dv
+  flash_forward   *Operands                     -> out, lse
+  flash_backward  *Operands, dout, lse, delta   -> dq, dk, dv, dbias
 
-query, out, dout, dq [b, sq, hq, d or dv]; key, value, dk, dv [b, sk, hk, d or dv]; lse, delta
-[b, hq, sq]; lengths int32 [b, 2], lo and hi int32 [b, sq]. An absent lengths, lo or hi has last
-dimension 0, so that every operand starts with the batch and the call has one signature.
+Operands are all of Operands.flat(), so the call has one signature; absent ones have last dimension
+0. out and dout are [b, sq, hq, dv], lse and delta [b, hq, sq].
 """
 
 import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _compat
+from jax_flashattn._operands import Operands
 from jax_flashattn._spec import AttentionSpec
-from jax_flashattn._validate import Operands
 
 flash_forward_p = _compat.make_primitive("flash_forward")
 flash_backward_p = _compat.make_primitive("flash_backward")
@@ -21,7 +20,7 @@ flash_backward_p = _compat.make_primitive("flash_backward")
 
 def statistics_dtype(dtype) -> jnp.dtype:
     """float32, or float64 for float64 inputs: the type of lse, delta and accumulators."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @flash_forward_p.def_abstract_eval
@@ -39,26 +38,23 @@ def _forward_abstract(*operands, spec):
 @flash_backward_p.def_abstract_eval
 def _backward_abstract(*operands, spec):
     del spec
-    results = [(x.shape, x.dtype) for x in operands[:3]]
+    given = dict(zip(Operands._fields, operands))  # dout, lse and delta follow
+    results = [(given[n].shape, given[n].dtype) for n in ("query", "key", "value", "bias")]
     return _compat.result_avals("flash_backward", operands, results)
-
-
-def _inputs(operands: Operands) -> list[Array]:
-    absent = jnp.zeros((operands.query.shape[0], 0), jnp.int32)
-    return [absent if x is None else x for x in operands]
 
 
 def flash_forward(operands: Operands, spec: AttentionSpec) -> tuple[Array, Array]:
     """Output [b, sq, hq, dv] and lse [b, hq, sq]."""
-    inputs = _compat.match_varying(_inputs(operands))
+    inputs = _compat.match_varying(operands.flat())
     out, lse = flash_forward_p.bind(*inputs, spec=spec)
     return out, lse
 
 
 def flash_backward(
     operands: Operands, dout: Array, lse: Array, delta: Array, spec: AttentionSpec
-) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value from the rows' lse and delta."""
-    inputs = _compat.match_varying([*_inputs(operands), dout, lse, delta])
-    dq, dk, dv = flash_backward_p.bind(*inputs, spec=spec)
-    return dq, dk, dv
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of query, key, value and bias from the rows' lse and delta."""
+    given = operands._replace(sinks=None)  # they are in lse
+    inputs = _compat.match_varying([*given.flat(), dout, lse, delta])
+    dq, dk, dv, dbias = flash_backward_p.bind(*inputs, spec=spec)
+    return dq, dk, dv, dbias

@@ -1,38 +1,21 @@
 """Every check and every user-facing error: public arguments in, (Operands, AttentionSpec) out."""
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.core import Tracer
 
-from jax_flashattn import _mask
-from jax_flashattn._checks import as_array, check_int32, check_window
+from jax_flashattn import _features, _mask
+from jax_flashattn._checks import as_array, check_int32, check_number, check_window
+from jax_flashattn._operands import Operands
 from jax_flashattn._spec import AttentionSpec
 from jax_flashattn.masks import IntervalMask
 
 MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 IMPLEMENTATIONS = (None, "kernel", "reference")
-
-
-class Operands(NamedTuple):
-    """The arrays of one call, in the user's layout.
-
-    query [b, sq, hq, d], key [b, sk, hk, d], value [b, sk, hk, dv]; then the mask: lengths int32
-    [b, 2] (query, key) for arithmetic masks, or lo, hi int32 [b, sq] that already contain
-    everything. Absent ones are None.
-    """
-
-    query: Array
-    key: Array
-    value: Array
-    lengths: Array | None = None
-    lo: Array | None = None
-    hi: Array | None = None
 
 
 def prepare(
@@ -47,10 +30,16 @@ def prepare(
     lengths: Any,
     mask: Any,
     deterministic: bool,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    bias: Any = None,
+    sinks: Any = None,
+    dropout_rate: Any = 0.0,
+    dropout_key: Any = None,
 ) -> tuple[Operands, AttentionSpec]:
     """Checks a call and brings it into the one form that the rest of the library knows."""
     query, key, value = check_arrays(query, key, value)
-    b, sq, _, d = query.shape
+    b, sq, hq, d = query.shape
     sk = key.shape[1]
     left, right = check_window(window)
     if not isinstance(causal, bool):
@@ -60,35 +49,48 @@ def prepare(
     if causal:
         right = 0 if right is None else min(right, 0)  # S2
     left, right = _mask.normalized_window(left, right, sq, sk)
-    scale = check_scale(scale, d)
+    keep_threshold, dropout = _features.check_dropout(dropout_rate, dropout_key, b, hq)
+    spec = AttentionSpec(
+        check_scale(scale, d), left, right, deterministic,
+        _features.check_softcap(softcap), keep_threshold,
+    )  # fmt: skip
     lengths = check_lengths(lengths, b)
     segment_ids = check_segment_ids(segment_ids, b, sq, sk)
     mask = check_mask(mask, b, sq)
-
+    operands = Operands(
+        query, key, value, lengths,
+        slopes=_features.check_slopes(alibi_slopes, b, hq),
+        sinks=_features.check_sinks(sinks, query),
+        dropout=dropout,
+        bias=_features.check_bias(bias, query, sk),
+    )  # fmt: skip
     if segment_ids is None and mask is None:
-        spec = AttentionSpec(scale, left, right, deterministic)
-        return Operands(query, key, value, lengths), spec
-    spec = AttentionSpec(scale, deterministic=deterministic)
-    lo, hi = _intervals(segment_ids, mask, lengths, left, right, (b, sq, sk))
-    return Operands(query, key, value, lo=lo, hi=hi), spec
+        return operands, spec
+    lo, hi, position = _intervals(segment_ids, mask, lengths, left, right, (b, sq, sk))
+    if operands.slopes is None and operands.dropout is None:
+        position = None
+    operands = operands._replace(lengths=None, lo=lo, hi=hi, position=position)
+    return operands, dataclasses.replace(spec, left=None, right=None)
 
 
-def _intervals(segment_ids, mask, lengths, left, right, sizes) -> _mask.Intervals:
-    """Everything that hides keys, as intervals [b, sq]."""
+def _intervals(segment_ids, mask, lengths, left, right, sizes) -> tuple[Array, Array, Array]:
+    """Everything that hides keys, as intervals [b, sq], and the aligned key of each row."""
     b, sq, sk = sizes
     if segment_ids is None:
         limits = _mask.arithmetic_intervals(sq, sk, left, right, lengths)
+        position = _mask.arithmetic_positions(sq, sk, lengths)
     else:
         q_ids, k_ids = segment_ids
         if lengths is not None:  # what lies behind a length is padding
             k_ids = q_ids if k_ids is None else k_ids
             q_ids = jnp.where(jnp.arange(sq)[None] < lengths[:, :1], q_ids, 0)
             k_ids = jnp.where(jnp.arange(sk)[None] < lengths[:, 1:], k_ids, 0)
-        limits = _mask.segment_intervals(q_ids, k_ids, left, right)
+        rows = _mask.segment_rows(q_ids, k_ids)
+        limits, position = _mask.segment_intervals(rows, left, right), rows.centre
     if mask is not None:
         limits = _mask.intersect(limits, (mask.lo, mask.hi))
-    lo, hi = (jnp.broadcast_to(x, (b, sq)) for x in limits)
-    return lo, hi
+    lo, hi, position = (jnp.broadcast_to(x, (b, sq)) for x in (*limits, position))
+    return lo, hi, position
 
 
 def row_limits(operands: Operands, spec: AttentionSpec) -> _mask.Intervals:
@@ -137,17 +139,7 @@ def check_scale(scale: Any, d: int) -> float:
     """The factor on scores: 1/sqrt(d) unless given."""
     if scale is None:
         return 1.0 / math.sqrt(d)
-    if isinstance(scale, Tracer) or not isinstance(
-        scale, (int, float, np.number, np.ndarray, jax.Array)
-    ):
-        raise TypeError(
-            f"scale must be a number known at trace time, got {scale!r}; multiply the query "
-            "for a traced one."
-        )
-    value = float(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {value}.")
-    return value
+    return check_number(scale, "scale", "multiply the query for a traced one")
 
 
 def check_lengths(lengths: Any, b: int) -> Array | None:
@@ -207,26 +199,11 @@ def check_implementation(implementation: Any) -> None:
         )
 
 
-def check_not_yet(softcap, alibi_slopes, bias, sinks, dropout_rate, dropout_key, differentiation):
-    """Arguments whose kernels do not exist yet are refused by name, never ignored."""
-    if isinstance(dropout_rate, Tracer) or not isinstance(dropout_rate, (int, float, np.number)):
-        raise TypeError(f"dropout_rate must be a Python number, got {dropout_rate!r}.")
-    if not 0.0 <= dropout_rate <= 1.0:
-        raise ValueError(f"dropout_rate must be between 0 and 1, got {dropout_rate}.")
-    if dropout_rate > 0 and dropout_key is None:
-        raise ValueError(f"dropout_rate {dropout_rate} needs a dropout_key (a jax.random key).")
+def check_differentiation(differentiation: Any) -> None:
+    """Only "reverse" has kernels yet."""
     if differentiation not in ("reverse", "forward"):
         raise ValueError(
             f"differentiation must be 'reverse' or 'forward', got {differentiation!r}."
         )
-    given = {
-        "softcap": softcap is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "bias": bias is not None,
-        "sinks": sinks is not None,
-        "dropout_rate": dropout_rate > 0,
-        "differentiation='forward'": differentiation == "forward",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise NotImplementedError(f"flash_attention does not support {name} yet.")
+    if differentiation == "forward":
+        raise NotImplementedError("flash_attention does not support differentiation='forward' yet.")

@@ -51,17 +51,22 @@ def flash_attention(
       window: (left, right): row i sees keys i + sk - sq - left to i + sk - sq + right. None is
         unbounded, 0 a real bound. With causal, right is at most 0.
       scale: factor on the scores, default 1/sqrt(d). A Python number.
-      softcap: not supported yet.
-      alibi_slopes: not supported yet.
+      softcap: scores become softcap * tanh(scores / softcap); None or 0 is off. A Python number.
+      alibi_slopes: float32 [hq] or [b, hq]: subtracts slope * |i + sk - sq - j| from the scores,
+        within its segment for a packed row. Slopes are constants: their gradient is zero.
       segment_ids: int32 [b, s], packed documents: rows and keys of one maximal run of equal ids
         see each other, with causal and window applied within the run; id 0 is padding. Or a
         (query [b, sq], key [b, sk]) pair, in which the n-th run of an id meets the n-th.
       lengths: int32 [b], how many leading rows and keys are real; or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq] to intersect with the above.
-      bias: not supported yet.
-      sinks: not supported yet.
-      dropout_rate: only 0 yet.
-      dropout_key: a jax.random key, required when dropout_rate > 0.
+      bias: [b or 1, hq or 1, sq or 1, sk or 1], dtype of query or float32: added to the scores
+        behind softcap. It has a gradient, of its own shape. Only on CPU yet.
+      sinks: float32 [hq], a logit per head that joins the softmax denominator only; it has a
+        gradient. A row that sees no key stays 0.
+      dropout_rate: probability of dropping a probability, rounded to 1/65536; the rest is divided
+        by the rate kept. A Python number.
+      dropout_key: one jax.random key, new-style or raw, traced or not; required when
+        dropout_rate > 0. The same key drops the same positions on every backend.
       deterministic: ask for a bitwise repeatable backward. The forward always is, and on CPU so is
         the backward.
       return_lse: also return the log-sum-exp of each row's scores.
@@ -88,9 +93,7 @@ def flash_attention(
       (2, 128, 8, 64)
     """
     _validate.check_implementation(implementation)
-    _validate.check_not_yet(
-        softcap, alibi_slopes, bias, sinks, dropout_rate, dropout_key, differentiation
-    )
+    _validate.check_differentiation(differentiation)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -98,9 +101,15 @@ def flash_attention(
         causal=causal,
         window=window,
         scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        bias=bias,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
         deterministic=deterministic,
     )
     run = _reference if implementation == "reference" else _kernel

@@ -162,7 +162,7 @@ def attention_backward(
     saw_nothing = jnp.isneginf(lse)
     lse = jnp.where(saw_nothing, jnp.inf, lse)
     delta = jnp.where(saw_nothing, 0, delta)
-    return _backward(operands, dout, lse, delta, spec)
+    return _backward(operands, dout, lse, delta, spec)[:3]
 
 
 def _check_given(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:

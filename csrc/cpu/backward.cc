@@ -5,7 +5,9 @@
 //   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T.
 // dQ is finished per tile. dK and dV are summed over all query heads of the group in the task's own
 // accumulators (scratch), which a second loop adds up in fixed order: no atomics, repeatable.
-#include "cpu/tile.h"
+//
+// kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in the lse.
+#include "cpu/bias_gradient.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -22,6 +24,9 @@ struct BackwardBuffers {
   // Per tile of rows. _col: rows across lanes; _row: rows to reduce over.
   T *query_col, *dout_col, *query_row, *dout_row;
   Acc *dquery, *lse, *delta;
+  // Of features.
+  Acc *bias, *dbias;
+  uint64_t* keep;
   Sizes n;
 
   BackwardBuffers(Arena& a, const Sizes& n, int64_t tiles)
@@ -37,6 +42,9 @@ struct BackwardBuffers {
         dquery(a.take<Acc>(tiles * even(n.d) * kRows)),
         lse(a.take<Acc>(tiles * kRows)),
         delta(a.take<Acc>(tiles * kRows)),
+        bias(a.take<Acc>(kTileKeys * kRows)),
+        dbias(a.take<Acc>(kTileKeys * kRows)),
+        keep(a.take<uint64_t>(kTileKeys)),
         n(n) {
     if constexpr (M::kDepth == 1) {  // in place
       p = score;
@@ -75,18 +83,33 @@ struct KeyGradients {
 };
 
 // Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
-template <class M, bool kPartial>
-inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, int vector, int64_t j0,
-                            int64_t count, typename M::Acc c) {
+template <class M, bool kPartial, bool kFeatured>
+inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
+                            const TileFeatures<typename M::Acc>* features, typename M::Acc* dbias,
+                            int vector, int64_t j0, int64_t count, typename M::Acc c) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   const int at = vector * L;
   LaneInts<Acc> lo{}, hi{};
   if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
   const Vec<Acc> lse = load(t.lse + at), delta = load(t.delta + at);
+  [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes;
+  if constexpr (kFeatured) lanes = LaneFeatures<M>(*features, vector);
   const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
-    *p = exp2<M::kExpTerms>(load(t.score + j * kRows + at) * c - lse);
-    *ds = *p * (load(t.dprob + j * kRows + at) - delta);
+    const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
+    if constexpr (kFeatured) {
+      Vec<Acc> steepness;
+      *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
+      if (dbias) {
+        if constexpr (kPartial) *ds = lanes_that_see(lo, hi, j) ? *ds : Vec<Acc>{};
+        store(dbias + j * kRows + at, *ds);
+      }
+      *ds *= steepness;
+      *p = lanes.kept(*p, j);
+    } else {
+      *p = exp2<M::kExpTerms>(score * c - lse);
+      *ds = *p * (dprob - delta);
+    }
     if constexpr (kPartial) {
       const auto sees = lanes_that_see(lo, hi, j);
       *p = sees ? *p : Vec<Acc>{};
@@ -150,34 +173,37 @@ inline void pack_tile(const BackwardParams& p, const BackwardBuffers<M>& t, cons
   pack_columns<M>(dout, rows, n, b, g, n.dv, false, t.dout_col);
   pack_rows<M>(q, rows, n, b, g, n.d, t.query_row);
   pack_rows<M>(dout, rows, n, b, g, n.dv, t.dout_row);
-  for (int l = 0; l < kRows; ++l) {
-    const bool real = rows.head[l] >= 0;
-    const int64_t at = real ? stat_offset(rows, n, b, g, l) : 0;
-    t.lse[l] = real ? static_cast<const Acc*>(p.lse)[at] * Acc(kLog2e) : Acc(0);
-    t.delta[l] = real ? static_cast<const Acc*>(p.delta)[at] : Acc(0);
-  }
+  load_statistics(p, rows, b, g, t.lse, t.delta);
   fill(t.dquery, even(n.d) * kRows, Acc(0));
 }
 
 // What one tile of rows and one packed tile of keys add to the three gradients.
-template <class M>
-inline void add_tile(const BackwardBuffers<M>& t, const KeyGradients<typename M::Acc>& to,
-                     const Rows& rows, const Sizes& n, bool partial, int64_t j0, int64_t count,
-                     typename M::Acc c) {
+template <class Storage, bool kFeatured, class M>
+inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
+                     const KeyGradients<typename M::Acc>& to, const Rows& rows,
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
+                     bool partial, int64_t j0, int64_t count) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
+  const Sizes& n = p.n;
   const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
   const int64_t row_steps = vectors * kLanes<Acc> / D;
   matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
                                  t.query_col, kRows * D, t.score, kRows);
   matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.dv, D), t.value, even(n.dv),
                                  t.dout_col, kRows * D, t.dprob, kRows);
+  const Acc c = exponent_scale<Acc>(p.scale);
+  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b), j0, count, c,
+                               t.bias,     t.keep};
+  if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
+  Acc* const dbias = kFeatured && is_bias_per_pair(p) ? t.dbias : nullptr;
   for (int x = 0; x < vectors; ++x) {
     if (partial)
-      score_gradients<M, true>(t, rows, x, j0, count, c);
+      score_gradients<M, true, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
     else
-      score_gradients<M, false>(t, rows, x, j0, count, c);
+      score_gradients<M, false, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
   }
+  if (dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
   if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
     return add_visible_gradients<M>(t, to, rows, n, j0, count);
   matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
@@ -188,7 +214,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const KeyGradients<typename M:
                                t.ds_pairs, kRows * D, t.dquery, kRows);
 }
 
-template <class M, class Storage>
+template <class M, class Storage, bool kFeatured>
 void backward_group(const BackwardParams& p, const RowMap& map,
                     const KeyGradients<typename M::Acc>& to, int64_t b, int64_t g, int64_t first,
                     int64_t tiles) {
@@ -198,10 +224,15 @@ void backward_group(const BackwardParams& p, const RowMap& map,
   const auto* v = static_cast<const Storage*>(p.v);
   const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles);
   Rows rows[kMostTiles];
+  RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
   TileLimits all = no_rows();
   for (int64_t x = 0; x < tiles; ++x) {
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
+    if constexpr (kFeatured) {
+      find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+      if (is_bias_per_pair(p)) clear_bias_rows<Storage>(p, rows[x], b, g);
+    }
     const auto t = buffers.of_tile(x);
     pack_tile<M, Storage>(p, t, rows[x], b, g);
     rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&
@@ -218,8 +249,9 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
       if (kind != TileClass::kSkip)
-        add_tile<M>(buffers.of_tile(x), to, rows[x], n, kind == TileClass::kPartial, j0,
-                    min64(count, even(rows[x].limits.max_hi - j0)), exponent_scale<Acc>(p.scale));
+        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g,
+                                     kind == TileClass::kPartial, j0,
+                                     min64(count, even(rows[x].limits.max_hi - j0)));
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
@@ -247,7 +279,8 @@ void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int6
   for (int64_t j = j0; j < j1; ++j) {
     const int64_t row = (b * n.sk + j) * n.g + g;
     write(j, 0, n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
-    write(j, padded_dim(n.d), n.dv, Acc(1), static_cast<Storage*>(p.dv) + row * n.dv);
+    write(j, padded_dim(n.d), n.dv, static_cast<Acc>(kept_scale(p.features)),
+          static_cast<Storage*>(p.dv) + row * n.dv);
   }
 }
 
@@ -257,7 +290,7 @@ inline int64_t tiles_per_group(const Sizes& n) {
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
-template <class Storage>
+template <class Storage, bool kFeatured>
 void backward_typed(const BackwardParams& p, Executor& executor) {
   using M = typename MathOf<Storage>::type;
   using Acc = typename M::Acc;
@@ -279,8 +312,8 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
         // Cyclic shares: under a causal mask every part gets short and long rows.
         const int64_t tiles = x.map.tiles();
         for (int64_t first = part * x.per_group; first < tiles; first += x.p.parts * x.per_group)
-          backward_group<M, Storage>(x.p, x.map, to, b, g, first,
-                                     min64(x.per_group, tiles - first));
+          backward_group<M, Storage, kFeatured>(x.p, x.map, to, b, g, first,
+                                                min64(x.per_group, tiles - first));
       },
       &context);
   executor.run(
@@ -293,6 +326,13 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
                                   min64(x.p.n.sk, (block + 1) * kFinishKeys));
       },
       &context);
+  if constexpr (kFeatured) bias_gradient<Storage>(p, executor);
+}
+
+template <class Storage>
+void backward_of(const BackwardParams& p, Executor& executor) {
+  return plain_features(p) ? backward_typed<Storage, false>(p, executor)
+                           : backward_typed<Storage, true>(p, executor);
 }
 
 }  // namespace
@@ -300,13 +340,13 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
 void backward(const BackwardParams& p, Executor& executor) {
   switch (p.dtype) {
     case DType::kF16:
-      return backward_typed<f16>(p, executor);
+      return backward_of<f16>(p, executor);
     case DType::kBF16:
-      return backward_typed<bf16>(p, executor);
+      return backward_of<bf16>(p, executor);
     case DType::kF32:
-      return backward_typed<float>(p, executor);
+      return backward_of<float>(p, executor);
     case DType::kF64:
-      return backward_typed<double>(p, executor);
+      return backward_of<double>(p, executor);
   }
 }
 

@@ -1,10 +1,13 @@
-// Forward pass (docs/semantics.md S1 to S14) for one instruction set.
+// Forward pass (docs/semantics.md S1 to S15) for one instruction set.
 //
 // One task is a group of tiles of query rows of one key head; a tile of keys is packed once for the
 // group. Scores are kept transposed, keys down and rows across the lanes: S^T = K Q^T and
 // O^T = V^T P^T. Row maxima, sums and masks then work lane by lane, and no product needs keys or
 // values transposed. Memory: a few tiles per thread.
-#include "cpu/tile.h"
+//
+// kFeatured is the instance for softcap, ALiBi, bias, dropout and sinks: it turns raw products into
+// scores in units of log2 before the maximum, so that its exponent scale is 1.
+#include "cpu/features.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -21,6 +24,9 @@ struct ForwardBuffers {
   // Per tile of rows.
   T* query;
   Acc *out, *max, *sum;
+  // Of features.
+  Acc* bias;
+  uint64_t* keep;
   int64_t d, dv;
 
   ForwardBuffers(Arena& a, const Sizes& n, int64_t tiles)
@@ -33,6 +39,8 @@ struct ForwardBuffers {
         out(a.take<Acc>(tiles * even(n.dv) * kRows)),
         max(a.take<Acc>(tiles * kRows)),
         sum(a.take<Acc>(tiles * kRows)),
+        bias(a.take<Acc>(kTileKeys * kRows)),
+        keep(a.take<uint64_t>(kTileKeys)),
         d(even(n.d)),
         dv(even(n.dv)) {
     if constexpr (M::kDepth == 1) probability = score;  // in place
@@ -48,8 +56,9 @@ struct ForwardBuffers {
 };
 
 // Online softmax of `count` keys for kN vectors of rows: scores become probabilities.
-template <class M, int kN, bool kPartial>
-inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int vector, int64_t j0,
+template <class M, int kN, bool kPartial, bool kFeatured>
+inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows,
+                            const TileFeatures<typename M::Acc>* features, int vector, int64_t j0,
                             int64_t count, typename M::Acc c) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
@@ -57,7 +66,9 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int ve
   Acc* const s = t.score + vector * L;
   LaneInts<Acc> lo[kN], hi[kN];
   Vec<Acc> largest[kN], offset[kN], sum[kN];
+  [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes[kN];
   for (int n = 0; n < kN; ++n) {
+    if constexpr (kFeatured) lanes[n] = LaneFeatures<M>(*features, vector + n);
     if constexpr (kPartial) lane_limits<Acc>(rows, vector + n, j0, &lo[n], &hi[n]);
     largest[n] = load(t.max + (vector + n) * L);
     sum[n] = Vec<Acc>{};
@@ -66,10 +77,9 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int ve
   for (int64_t j = 0; j < count; ++j) {
     for (int n = 0; n < kN; ++n) {
       Vec<Acc> x = load(s + j * kRows + n * L);
-      if constexpr (kPartial) {
-        x = sees(n, j) ? x : splat(-kInf);
-        store(s + j * kRows + n * L, x);
-      }
+      if constexpr (kFeatured) x = lanes[n].score(x, j);
+      if constexpr (kPartial) x = sees(n, j) ? x : splat(-kInf);
+      if constexpr (kPartial || kFeatured) store(s + j * kRows + n * L, x);
       largest[n] = max(largest[n], x);
     }
   }
@@ -87,6 +97,7 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int ve
     Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - offset[n]);
     if constexpr (kPartial) p = sees(n, j) ? p : Vec<Acc>{};
     sum[n] += p;
+    if constexpr (kFeatured) p = lanes[n].kept(p, j);  // the sum is of all (S12)
     return p;
   };
   if constexpr (M::kDepth == 1) {
@@ -107,12 +118,15 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, int ve
   }
 }
 
-template <class M, bool kPartial>
-inline void softmax(const ForwardBuffers<M>& t, const Rows& rows, int vectors, int64_t j0,
+template <class M, bool kPartial, bool kFeatured>
+inline void softmax(const ForwardBuffers<M>& t, const Rows& rows,
+                    const TileFeatures<typename M::Acc>* features, int vectors, int64_t j0,
                     int64_t count, typename M::Acc c) {
   int n = 0;
-  for (; n + 4 <= vectors; n += 4) softmax_vectors<M, 4, kPartial>(t, rows, n, j0, count, c);
-  for (; n < vectors; ++n) softmax_vectors<M, 1, kPartial>(t, rows, n, j0, count, c);
+  for (; n + 4 <= vectors; n += 4)
+    softmax_vectors<M, 4, kPartial, kFeatured>(t, rows, features, n, j0, count, c);
+  for (; n < vectors; ++n)
+    softmax_vectors<M, 1, kPartial, kFeatured>(t, rows, features, n, j0, count, c);
 }
 
 // O^T += V^T P^T over visible pairs only (S13): a masked 0 must not meet a NaN or inf in V.
@@ -132,38 +146,63 @@ inline void add_visible_values(const ForwardBuffers<M>& t, const Storage* v, con
   }
 }
 
-template <class M, class Storage>
+// S15: a sink joins the sum, and maybe raises the maximum; `max` is in units of log2.
+template <class Acc>
+inline void add_sink(Acc sink, Acc* max, Acc* sum, Acc* rescale) {
+  const Acc before = *max;
+  sink *= Acc(kLog2e);
+  *max = before > sink ? before : sink;
+  *rescale = before > sink ? Acc(1) : exp2_of(before - *max);
+  *sum = *sum * *rescale + exp2_of(sink - *max);
+}
+
+template <class M, class Storage, bool kFeatured>
 inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
                        int64_t b, int64_t g) {
   using Acc = typename M::Acc;
-  const Acc c = exponent_scale<Acc>(p.scale);
+  constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
+  const Acc c = kFeatured ? Acc(1) : exponent_scale<Acc>(p.scale);
+  const Acc kept = static_cast<Acc>(kept_scale(p.features));
+  const Acc* const sinks = static_cast<const Acc*>(p.features.sinks);
   Acc inverse[kRows];
   for (int l = 0; l < kRows; ++l) {
-    const bool nothing = empty(rows.visible[l]);  // S11
-    inverse[l] = nothing ? Acc(0) : Acc(1) / t.sum[l];
+    bool nothing = empty(rows.visible[l]);  // S11
+    Acc rescale = 1;
+    if constexpr (kFeatured) {
+      nothing |= p.features.bias.data && t.max[l] == -kInf;
+      if (sinks && !nothing && rows.head[l] >= 0)
+        add_sink(sinks[(b * p.n.g + g) * p.n.r + rows.head[l]], &t.max[l], &t.sum[l], &rescale);
+      rescale *= kept;
+    }
+    inverse[l] = nothing ? Acc(0) : rescale / t.sum[l];
     if (rows.head[l] < 0) continue;
     Acc& lse = static_cast<Acc*>(p.lse)[stat_offset(rows, p.n, b, g, l)];
-    lse = nothing ? -std::numeric_limits<Acc>::infinity()
-                  : t.max[l] * c * Acc(kLn2) + log_of(t.sum[l]);  // S10
+    lse = nothing ? -kInf : t.max[l] * c * Acc(kLn2) + log_of(t.sum[l]);  // S10
   }
   write_columns<Acc>(t.out, inverse, rows, p.n, b, g, p.n.dv, static_cast<Storage*>(p.out));
 }
 
 // Scores, softmax and output of one tile of rows and one packed tile of keys.
-template <class M, class Storage>
-inline void add_tile(const ForwardBuffers<M>& t, const Storage* v, const Rows& rows, const Sizes& n,
-                     int64_t b, int64_t g, bool partial, int64_t j0, int64_t count,
-                     typename M::Acc c) {
+template <class Storage, bool kFeatured, class M>
+inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
+                     bool partial, int64_t j0, int64_t count) {
+  using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
-  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<typename M::Acc>));
+  const Sizes& n = p.n;
+  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
   matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d), t.query,
                                  kRows * D, t.score, kRows);
+  const Acc scale = exponent_scale<Acc>(p.scale), c = kFeatured ? Acc(1) : scale;
+  const TileFeatures<Acc> tile{
+      p.features, features, key_coordinates(p.features, b), j0, count, scale, t.bias, t.keep};
+  if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
   if (partial)
-    softmax<M, true>(t, rows, vectors, j0, count, c);
+    softmax<M, true, kFeatured>(t, rows, &tile, vectors, j0, count, c);
   else
-    softmax<M, false>(t, rows, vectors, j0, count, c);
+    softmax<M, false, kFeatured>(t, rows, &tile, vectors, j0, count, c);
   if (partial && !all_finite(t.value, ceil_div(count, D) * D * even(n.dv)))
-    return add_visible_values<M>(t, v, rows, n, b, g, j0, count);
+    return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, n, b, g, j0, count);
   matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(count, D), t.value, even(n.dv) * D,
                                    t.probability, kRows * D, t.out, kRows, t.correction);
 }
@@ -176,7 +215,7 @@ inline int64_t tiles_per_task(const Sizes& n, int64_t tiles) {
   return clamp<int64_t>(n.b * n.g * tiles / kTasks, 1, clamp<int64_t>(fit, 1, kMostTiles));
 }
 
-template <class Storage>
+template <class Storage, bool kFeatured>
 void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t g, int64_t first,
                    int64_t tiles) {
   using M = typename MathOf<Storage>::type;
@@ -187,9 +226,11 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
   const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
 
   Rows rows[kMostTiles];
+  RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
   TileLimits all = no_rows();
   for (int64_t x = 0; x < tiles; ++x) {
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
+    if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
     all = unite(all, rows[x].limits);
     const auto t = buffers.of_tile(x);
     pack_columns<M>(static_cast<const Storage*>(p.q), rows[x], n, b, g, n.d, p.scale < 0, t.query);
@@ -208,14 +249,16 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
       if (kind != TileClass::kSkip)
-        add_tile<M>(buffers.of_tile(x), v, rows[x], n, b, g, kind == TileClass::kPartial, j0,
-                    min64(count, rows[x].limits.max_hi - j0), exponent_scale<Acc>(p.scale));
+        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g,
+                                     kind == TileClass::kPartial, j0,
+                                     min64(count, rows[x].limits.max_hi - j0));
     }
   }
-  for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
+  for (int64_t x = 0; x < tiles; ++x)
+    write_rows<M, Storage, kFeatured>(buffers.of_tile(x), p, rows[x], b, g);
 }
 
-template <class Storage>
+template <class Storage, bool kFeatured>
 void forward_typed(const ForwardParams& p, Executor& executor) {
   struct Context {
     const ForwardParams& p;
@@ -232,10 +275,16 @@ void forward_typed(const ForwardParams& p, Executor& executor) {
         const auto& x = *static_cast<const Context*>(data);
         const int64_t heads = x.p.n.b * x.p.n.g;
         const int64_t first = (x.groups - 1 - index / heads) * x.per_task, head = index % heads;
-        forward_group<Storage>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
-                               min64(x.per_task, x.tiles - first));
+        forward_group<Storage, kFeatured>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
+                                          min64(x.per_task, x.tiles - first));
       },
       &x);
+}
+
+template <class Storage>
+void forward_of(const ForwardParams& p, Executor& executor) {
+  return plain_features(p) ? forward_typed<Storage, false>(p, executor)
+                           : forward_typed<Storage, true>(p, executor);
 }
 
 }  // namespace
@@ -243,13 +292,13 @@ void forward_typed(const ForwardParams& p, Executor& executor) {
 void forward(const ForwardParams& p, Executor& executor) {
   switch (p.dtype) {
     case DType::kF16:
-      return forward_typed<f16>(p, executor);
+      return forward_of<f16>(p, executor);
     case DType::kBF16:
-      return forward_typed<bf16>(p, executor);
+      return forward_of<bf16>(p, executor);
     case DType::kF32:
-      return forward_typed<float>(p, executor);
+      return forward_of<float>(p, executor);
     case DType::kF64:
-      return forward_typed<double>(p, executor);
+      return forward_of<double>(p, executor);
   }
 }
 

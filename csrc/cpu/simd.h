@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -113,6 +114,91 @@ inline Vec<double> exp2(Vec<double> x) {
   return p * (Vec<double>)(((Vec<int64_t>)shifted + 1023) << 52);
 }
 
+inline Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> guess = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+// Minimax polynomials of (2^f - 1) / f for |f| <= 1/2, lowest power first; Terms as of exp2.
+template <int Terms>
+struct Expm1;
+template <>
+struct Expm1<5> {
+  static constexpr float c[] = {0.693147181f, 0.24022349f, 0.0555038101f, 0.00966636852f,
+                                0.00133813025f};
+};
+template <>
+struct Expm1<6> {
+  static constexpr float c[] = {0.693147188f,   0.240226508f,   0.0555035711f,
+                                0.00961808256f, 0.00133908634f, 0.000154531629f};
+};
+template <>
+struct Expm1<12> {
+  static constexpr double c[] = {
+      0x1.62e42fefa39efp-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d704a0c2p-5,  0x1.3b2ab6fba1ddap-7,
+      0x1.5d87fe78a5276p-10, 0x1.430913096fd9fp-13, 0x1.ffcbfc670dcd4p-17, 0x1.62bfd47773353p-20,
+      0x1.b524fae627834p-24, 0x1.e6063f7217bc6p-28, 0x1.e9d3fe3952179p-32};
+};
+
+// tanh(y ln(2) / 2) = (2^y - 1) / (2^y + 1), to a few units of the last place also near 0; and its
+// derivative by the argument of tanh, 4 * 2^y / (2^y + 1)^2, also where 1 - tanh^2 would cancel.
+template <int Terms, class T, class Float>
+inline Float tanh_of_exponent(Float y, Float* derivative) {
+  using Ints = std::conditional_t<sizeof(T) == 8, Vec<int64_t>, Vec<int32_t>>;
+  constexpr T kShift = sizeof(T) == 8 ? T(0x1.8p52) : T(12582912);  // as in exp2
+  constexpr int kMantissa = sizeof(T) == 8 ? 52 : 23, kBias = sizeof(T) == 8 ? 1023 : 127;
+  constexpr T kFlat = sizeof(T) == 8 ? T(400) : T(60);  // well beyond where tanh rounds to 1
+  y = max(splat(-kFlat), min(splat(kFlat), y));
+  const Vec<T> shifted = y + kShift;
+  const Vec<T> f = y - (shifted - kShift);
+  constexpr auto& c = Expm1<Terms>::c;
+  constexpr int kTerms = sizeof c / sizeof c[0];
+  Vec<T> p = splat(c[kTerms - 1]);
+#pragma GCC unroll 12
+  for (int k = kTerms - 2; k >= 0; --k) p = p * f + c[k];
+  const Vec<T> power = (Vec<T>)(((Ints)shifted + kBias) << kMantissa);
+  const Vec<T> expm1 = power * (p * f) + (power - T(1)), inverse = reciprocal(expm1 + T(2));
+  if (derivative) *derivative = T(4) * (power * (p * f) + power) * inverse * inverse;
+  return expm1 * inverse;
+}
+
+// Products of the low halves of 64-bit lanes with a 32-bit word: what Philox is made of. High
+// halves of the lanes hold anything.
+struct MultiplyLanes {
+  void operator()(Vec<uint64_t> a, uint32_t b, Vec<uint64_t>* high, Vec<uint64_t>* low) const {
+#if defined(__AVX512F__)
+    *low = (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    *low = (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    *low = (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    *low = (a & 0xffffffffu) * static_cast<uint64_t>(b);
+#endif
+    *high = *low >> 32;
+  }
+};
+
+// One bit per lane: whether it is negative.
+inline uint32_t lane_signs(Vec<int32_t> x) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)x);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)x);
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<int32_t>; ++l) bits |= (x[l] < 0 ? 1u : 0u) << l;
+  return bits;
+#endif
+}
+
 // Storage types are distinct so that overloads can tell two 16-bit formats apart.
 enum bf16 : uint16_t {};
 enum f16 : uint16_t {};
@@ -176,6 +262,9 @@ inline Vec<float> load_wide(const f16* p) {
 // kLanes consecutive elements, rounded to storage.
 inline void store_narrow(float* p, Vec<float> v) { store(p, v); }
 inline void store_narrow(double* p, Vec<double> v) { store(p, v); }
+inline void store_narrow(float* p, Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) p[i] = static_cast<float>(v[i]);
+}
 inline void store_narrow(bf16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);

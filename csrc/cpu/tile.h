@@ -49,8 +49,9 @@ inline void fill(T* p, int64_t count, T value) {
 // a short one (decode) lets the heads of a group share tiles, because they share keys and values.
 struct RowMap {
   int64_t sq, r, pitch;
-  explicit RowMap(const Sizes& n)
-      : sq(n.sq), r(n.r), pitch(n.sq >= kRows ? ceil_div(n.sq, kRows) * kRows : n.sq) {}
+  RowMap(const Sizes& n, int64_t pitch) : sq(n.sq), r(n.r), pitch(pitch) {}
+  explicit RowMap(const Sizes& n) : RowMap(n, n.sq >= kRows ? whole_tiles(n.sq) : n.sq) {}
+  static int64_t whole_tiles(int64_t sq) { return ceil_div(sq, kRows) * kRows; }
   int64_t tiles() const { return ceil_div(r * pitch, kRows); }
 };
 
@@ -307,6 +308,8 @@ inline Acc exponent_scale(double scale) {
 
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
+inline float exp2_of(float x) { return __builtin_exp2f(x); }
+inline double exp2_of(double x) { return __builtin_exp2(x); }
 
 }  // namespace
 }  // namespace jax_flashattn::cpu::FLASH_ISA

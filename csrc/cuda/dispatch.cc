@@ -1,4 +1,4 @@
-// Which kernel runs: the one table of architecture, dtype and head dims.
+// Which kernel runs: the one table of architecture, dtype, head dims and features.
 #include <mutex>
 #include <vector>
 
@@ -66,7 +66,7 @@ std::string forward(const ForwardParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
-  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n))
+  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && plain_features(p))
     return sm90_forward(p, {index, facts.multiprocessors}, stream);
   return plain::forward(p, stream);
 }
@@ -76,7 +76,8 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
-  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0)
+  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 &&
+      plain_features(p))
     return sm90_backward(p, {index, facts.multiprocessors}, stream);
   return plain::backward(p, stream);
 }

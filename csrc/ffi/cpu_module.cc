@@ -13,8 +13,6 @@ namespace jax_flashattn {
 namespace {
 
 namespace ffi = xla::ffi;
-using ffi::AnyBuffer;
-using Result = ffi::Result<AnyBuffer>;
 
 // Spreads a loop over XLA's intra-op thread pool. The calling thread works too, and waits only for
 // indices that a helper has already claimed: a pool that is busy, or the caller being one of its
@@ -70,12 +68,10 @@ ffi::Error no_kernels() {
                     "see python -m jax_flashattn");
 }
 
-ffi::Error forward(ffi::ThreadPool pool, double scale, int64_t left, int64_t right, bool,
-                   AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
-                   AnyBuffer hi, Result out, Result lse) {
+ffi::Error forward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
   ForwardParams p;
-  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
-  if (auto e = decode_forward(in, *out, *lse, &p); e.failure()) return e;
+  if (auto e = decode_forward({attributes, operands, results}, &p); e.failure()) return e;
   p.scratch = nullptr;
   if (!cpu::kernels().forward) return no_kernels();
   PoolExecutor executor(pool);
@@ -83,13 +79,13 @@ ffi::Error forward(ffi::ThreadPool pool, double scale, int64_t left, int64_t rig
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, double scale, int64_t left, int64_t right, bool,
-                    AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
-                    AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta, Result dq,
-                    Result dk, Result dv, Result scratch) {
+ffi::Error backward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
   BackwardParams p;
-  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
-  if (auto e = decode_backward(in, {dout, lse, delta}, {*dq, *dk, *dv}, &p); e.failure()) return e;
+  const Call call{attributes, operands, results};
+  if (auto e = decode_backward(call, &p); e.failure()) return e;
+  const auto scratch = result(call, kBackwardResults);
+  if (scratch.has_error()) return scratch.error();
   const Sizes& n = p.n;
   const auto dims = scratch->dimensions();
   p.parts = dims.size() == 5 && dims[2] > 0 ? dims[2] : 1;
@@ -106,42 +102,13 @@ ffi::Error backward(ffi::ThreadPool pool, double scale, int64_t left, int64_t ri
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, forward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Attr<double>("scale")
-                           .Attr<int64_t>("left")
-                           .Attr<int64_t>("right")
-                           .Attr<bool>("deterministic")
-                           .Arg<AnyBuffer>()    // query
-                           .Arg<AnyBuffer>()    // key
-                           .Arg<AnyBuffer>()    // value
-                           .Arg<AnyBuffer>()    // lengths
-                           .Arg<AnyBuffer>()    // lo
-                           .Arg<AnyBuffer>()    // hi
-                           .Ret<AnyBuffer>()    // out
-                           .Ret<AnyBuffer>());  // lse
+XLA_FFI_DEFINE_HANDLER(
+    kForward, forward,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER(kBackward, backward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Attr<double>("scale")
-                           .Attr<int64_t>("left")
-                           .Attr<int64_t>("right")
-                           .Attr<bool>("deterministic")
-                           .Arg<AnyBuffer>()    // query
-                           .Arg<AnyBuffer>()    // key
-                           .Arg<AnyBuffer>()    // value
-                           .Arg<AnyBuffer>()    // lengths
-                           .Arg<AnyBuffer>()    // lo
-                           .Arg<AnyBuffer>()    // hi
-                           .Arg<AnyBuffer>()    // dout
-                           .Arg<AnyBuffer>()    // lse
-                           .Arg<AnyBuffer>()    // delta
-                           .Ret<AnyBuffer>()    // dq
-                           .Ret<AnyBuffer>()    // dk
-                           .Ret<AnyBuffer>()    // dv
-                           .Ret<AnyBuffer>());  // scratch [b, g, parts, sk + odd, padded d + dv]
+XLA_FFI_DEFINE_HANDLER(
+    kBackward, backward,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
 
 }  // namespace
 

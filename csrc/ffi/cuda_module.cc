@@ -11,8 +11,6 @@ namespace jax_flashattn {
 namespace {
 
 namespace ffi = xla::ffi;
-using ffi::AnyBuffer;
-using Result = ffi::Result<AnyBuffer>;
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
 ffi::Error launched(const std::string& error) {
@@ -20,72 +18,46 @@ ffi::Error launched(const std::string& error) {
   return ffi::Error(ffi::ErrorCode::kInternal, "jax_flashattn: " + error);
 }
 
-ffi::Error forward(cudaStream_t stream, double scale, int64_t left, int64_t right, bool,
-                   AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths, AnyBuffer lo,
-                   AnyBuffer hi, Result out, Result lse, Result counter) {
+ffi::Error no_bias() {  // jax_flashattn/_lowering.py refuses it before
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_flashattn: no bias on CUDA");
+}
+
+ffi::Error forward(cudaStream_t stream, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
   ForwardParams p;
-  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
-  if (auto e = decode_forward(in, *out, *lse, &p); e.failure()) return e;
+  const Call call{attributes, operands, results};
+  if (auto e = decode_forward(call, &p); e.failure()) return e;
+  const auto counter = result(call, kForwardResults);  // of tiles, [b, g, 1]
+  if (counter.has_error()) return counter.error();
   if (auto e = expect("counter", *counter, {p.n.b, p.n.g, 1}, ffi::DataType::S32); e.failure())
     return e;
   p.scratch = counter->untyped_data();
+  if (p.features.bias.data) return no_bias();
   return launched(cuda::forward(p, stream));
 }
 
-ffi::Error backward(cudaStream_t stream, double scale, int64_t left, int64_t right,
-                    bool deterministic, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer lengths,
-                    AnyBuffer lo, AnyBuffer hi, AnyBuffer dout, AnyBuffer lse, AnyBuffer delta,
-                    Result dq, Result dk, Result dv, Result workspace) {
+ffi::Error backward(cudaStream_t stream, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
   BackwardParams p;
-  const CallInputs in{q, k, v, lengths, lo, hi, scale, left, right};
-  if (auto e = decode_backward(in, {dout, lse, delta}, {*dq, *dk, *dv}, &p); e.failure()) return e;
+  const Call call{attributes, operands, results};
+  if (auto e = decode_backward(call, &p); e.failure()) return e;
+  const auto workspace = result(call, kBackwardResults);
+  if (workspace.has_error()) return workspace.error();
   if (auto e = expect("workspace", *workspace, {p.n.b, p.n.g, cuda::sm90::workspace_floats(p.n)},
                       ffi::DataType::F32);
       e.failure())
     return e;
-  p.deterministic = deterministic;
   p.scratch = workspace->untyped_data();
+  if (p.features.bias.data) return no_bias();
   return launched(cuda::backward(p, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, forward,
-                       ffi::Ffi::Bind()
-                           .Ctx<Stream>()
-                           .Attr<double>("scale")
-                           .Attr<int64_t>("left")
-                           .Attr<int64_t>("right")
-                           .Attr<bool>("deterministic")
-                           .Arg<AnyBuffer>()   // query
-                           .Arg<AnyBuffer>()   // key
-                           .Arg<AnyBuffer>()   // value
-                           .Arg<AnyBuffer>()   // lengths
-                           .Arg<AnyBuffer>()   // lo
-                           .Arg<AnyBuffer>()   // hi
-                           .Ret<AnyBuffer>()   // out
-                           .Ret<AnyBuffer>()   // lse
-                           .Ret<AnyBuffer>(),  // tile counter [b, g, 1]
+                       ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER(kBackward, backward,
-                       ffi::Ffi::Bind()
-                           .Ctx<Stream>()
-                           .Attr<double>("scale")
-                           .Attr<int64_t>("left")
-                           .Attr<int64_t>("right")
-                           .Attr<bool>("deterministic")
-                           .Arg<AnyBuffer>()   // query
-                           .Arg<AnyBuffer>()   // key
-                           .Arg<AnyBuffer>()   // value
-                           .Arg<AnyBuffer>()   // lengths
-                           .Arg<AnyBuffer>()   // lo
-                           .Arg<AnyBuffer>()   // hi
-                           .Arg<AnyBuffer>()   // dout
-                           .Arg<AnyBuffer>()   // lse
-                           .Arg<AnyBuffer>()   // delta
-                           .Ret<AnyBuffer>()   // dq
-                           .Ret<AnyBuffer>()   // dk
-                           .Ret<AnyBuffer>()   // dv
-                           .Ret<AnyBuffer>(),  // workspace [b, g, workspace_floats]
+                       ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -11,24 +11,21 @@
 
 namespace jax_flashattn {
 
-// The operands and attributes both passes share.
-struct CallInputs {
-  xla::ffi::AnyBuffer q, k, v, lengths, lo, hi;
-  double scale;
-  int64_t left, right;
+// A custom call as XLA hands it over. Operands and results come in the order of
+// jax_flashattn/_primitives.py; a backend's scratch follows the results that both have.
+struct Call {
+  const xla::ffi::Dictionary& attributes;
+  const xla::ffi::RemainingArgs& operands;
+  const xla::ffi::RemainingRets& results;
 };
+constexpr size_t kForwardResults = 2;   // out, lse
+constexpr size_t kBackwardResults = 4;  // dq, dk, dv, dbias
 
-xla::ffi::Error decode_forward(const CallInputs& in, xla::ffi::AnyBuffer out,
-                               xla::ffi::AnyBuffer lse, ForwardParams* p);
+xla::ffi::Error decode_forward(const Call& call, ForwardParams* p);
+xla::ffi::Error decode_backward(const Call& call, BackwardParams* p);
 
-struct BackwardBuffersIn {
-  xla::ffi::AnyBuffer dout, lse, delta;
-};
-struct BackwardBuffersOut {
-  xla::ffi::AnyBuffer dq, dk, dv;
-};
-xla::ffi::Error decode_backward(const CallInputs& in, const BackwardBuffersIn& given,
-                                const BackwardBuffersOut& out, BackwardParams* p);
+// The result at this position; fails if the call has fewer.
+xla::ffi::ErrorOr<xla::ffi::AnyBuffer> result(const Call& call, size_t index);
 
 // Fails, naming both shapes, unless `buffer` has these dimensions and element type.
 xla::ffi::Error expect(const char* name, xla::ffi::AnyBuffer buffer,

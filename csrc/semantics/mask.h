@@ -8,10 +8,11 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define FLASH_FN static __host__ __device__ __forceinline__
+#define FLASH_MEMBER __host__ __device__ __forceinline__
 #else
-#define FLASH_FN static inline
+#define FLASH_MEMBER inline
 #endif
+#define FLASH_FN static FLASH_MEMBER
 
 namespace jax_flashattn {
 

@@ -28,22 +28,85 @@ struct MaskSource {
   int64_t lengths_pitch, limits_pitch;
 };
 
-FLASH_FN Interval row_interval(const MaskSource& m, const Sizes& n, int64_t b, int32_t i) {
+// The true lengths of batch b.
+FLASH_FN ArithmeticMask arithmetic_mask(const MaskSource& m, const Sizes& n, int64_t b) {
   int32_t sq = static_cast<int32_t>(n.sq), sk = static_cast<int32_t>(n.sk);
   if (m.lengths) {
     sq = clamp(m.lengths[b * m.lengths_pitch], 0, sq);
     sk = clamp(m.lengths[b * m.lengths_pitch + 1], 0, sk);
   }
-  if (m.lo == nullptr) return row_interval(ArithmeticMask{sq, sk, m.left, m.right}, i);
-  if (i >= sq) return {0, 0};
+  return {sq, sk, m.left, m.right};
+}
+
+FLASH_FN Interval row_interval(const MaskSource& m, const Sizes& n, int64_t b, int32_t i) {
+  const ArithmeticMask arithmetic = arithmetic_mask(m, n, b);
+  if (m.lo == nullptr) return row_interval(arithmetic, i);
+  if (i >= arithmetic.sq) return {0, 0};
   const int64_t at = b * m.limits_pitch + i;
-  return clamped_interval(m.lo[at], m.hi[at], sk);
+  return clamped_interval(m.lo[at], m.hi[at], arithmetic.sk);
+}
+
+// An additive bias, or its gradient: element (b, g, r, i, j) lies at the sum of index * stride.
+// A broadcast axis has extent 1 and stride 0.
+struct Bias {
+  const void* data;  // null: none
+  DType dtype;
+  int64_t b, g, r, i, j;  // strides
+};
+
+// What a call does to its scores and probabilities beyond mask and scale; zeros and nulls are
+// absent. Arrays per head are [b, g, r].
+struct Features {
+  double softcap;           // S8
+  const float* slopes;      // S9: ALiBi
+  const void* sinks;        // S15, forward only; float, or double for kF64
+  Bias bias;                // S8
+  uint32_t keep_threshold;  // S12: of 65536
+  const uint32_t* dropout;  // S12: [b, g, r, 4], key words, batch and head index
+  const int32_t* position;  // the aligned key coordinate of row i at b * position_pitch + i
+  const int32_t* keys;      // (start, stride) of the keys' coordinates at b * keys_pitch
+  int64_t position_pitch, keys_pitch;
+};
+
+// The key coordinate that row i is aligned with: of ALiBi and dropout, not of the mask.
+FLASH_FN int32_t aligned_position(const Features& f, const MaskSource& m, const Sizes& n, int64_t b,
+                                  int32_t i) {
+  if (f.position) return f.position[b * f.position_pitch + i];
+  const ArithmeticMask arithmetic = arithmetic_mask(m, n, b);
+  return i + arithmetic.sk - arithmetic.sq;
+}
+
+// Coordinates wrap around rather than overflow: they may be nonsense, but never undefined.
+struct KeyCoordinates {
+  uint32_t start, stride;
+  FLASH_MEMBER int32_t at(int64_t j) const {
+    return static_cast<int32_t>(start + stride * static_cast<uint32_t>(j));
+  }
+};
+FLASH_FN KeyCoordinates key_coordinates(const Features& f, int64_t b) {
+  if (f.keys == nullptr) return {0, 1};
+  const int32_t* keys = f.keys + b * f.keys_pitch;
+  return {static_cast<uint32_t>(keys[0]), static_cast<uint32_t>(keys[1])};
+}
+
+// |position - coordinate|, wrapping likewise.
+FLASH_FN int32_t key_distance(int32_t position, int32_t coordinate) {
+  const uint32_t distance = static_cast<uint32_t>(position) - static_cast<uint32_t>(coordinate);
+  const int32_t toward = static_cast<int32_t>(distance);
+  return toward < 0 ? static_cast<int32_t>(0u - distance) : toward;
+}
+
+// What kept probabilities are multiplied with: exactly one over the rate applied (S12).
+FLASH_FN double kept_scale(const Features& f) {
+  if (f.dropout == nullptr) return 1.0;
+  return f.keep_threshold == 0 ? 0.0 : 65536.0 / f.keep_threshold;
 }
 
 struct ForwardParams {
   Sizes n;
   DType dtype;
   MaskSource mask;
+  Features features;
   double scale;
   const void *q, *k, *v;
   void* out;
@@ -55,14 +118,23 @@ struct BackwardParams {
   Sizes n;
   DType dtype;
   MaskSource mask;
+  Features features;
   double scale;
   const void *q, *k, *v, *dout;
   const void *lse, *delta;  // float, or double for kF64
   void *dq, *dk, *dv;
+  void* dbias;         // of the shape of features.bias
   bool deterministic;  // S14: bitwise repeatable
   // CPU: accumulators [b, g, parts, sk + odd, padded(d) + padded(dv)]. CUDA: a workspace.
   void* scratch;
   int64_t parts;
 };
+
+// Whether a call is scale and mask alone: what kernels without features can run.
+template <class Params>
+bool plain_features(const Params& p) {
+  const Features& f = p.features;
+  return f.softcap == 0 && !f.slopes && !f.sinks && !f.bias.data && !f.dropout;
+}
 
 }  // namespace jax_flashattn

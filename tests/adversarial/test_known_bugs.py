@@ -291,6 +291,51 @@ def test_positions_restart_in_each_segment():
     check_case(case.replace(causal=True, right=None))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_two_caps_in_one_process(dtype):
+    """28: flash-attention PR#2402: the cap is part of what is compiled; its formula, its slope."""
+    case = Case(b=2, sq=40, sk=50, hq=2, dtype=dtype, data="massive", causal=True)
+    results = [check_case(case.replace(softcap=cap)) for cap in (15.0, 30.0, 15.0)]
+    for name, x in results[0].items():
+        assert_bitwise(name, x, results[2][name])
+    assert np.abs(results[0]["lse"] - results[1]["lse"]).max() > 1
+
+
+@cases(
+    *(
+        Case(b=2, sq=sq, sk=60, hq=2, alibi="bh", causal=causal, dlse=True)
+        for sq in (1, 40, 60, 90)
+        for causal in (False, True)
+    )
+)
+def test_lse_with_alibi_has_no_row_constant(case):
+    """30: flash-attention's alibi.h adds slope * j under a causal mask, and its lse shows it."""
+    check_case(case)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_float32_bias_of_half_inputs_makes_no_nan(implementation):
+    """39: jax#28974, #32242, #37422: broadcasts, mixed dtypes and lengths under debug_nans."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 2, 8)), jnp.bfloat16)
+    bias = jnp.where(jnp.arange(9) < 5, 0.0, -jnp.inf)[None, None, None]
+    lengths = jnp.array([9, 3], jnp.int32)
+
+    def loss(x, bias):
+        out = flash_attention(x, x, x, bias=bias, lengths=lengths, implementation=implementation)
+        return out.astype(jnp.float32).sum()
+
+    with jax.debug_nans(True):
+        gradients = jax.jit(jax.grad(loss, (0, 1)))(x, bias)
+    assert gradients[1].shape == (1, 1, 1, 9)
+    assert all(np.isfinite(g.astype(jnp.float32)).all() for g in gradients)
+
+
+@pytest.mark.parametrize("sk", [64, 192, 704, 832])
+def test_far_negative_scores_with_features(sk):
+    """9 again (pytorch#196678), where a half tile of features could be scored 0."""
+    check_case(Case(sq=40, sk=sk, data="constant_score", alibi="h", sinks=True, dropout=0.2))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_heads_do_not_write_into_each_other(dtype):
     """Ours: a last key tile that starts at an odd key wrote a row behind its accumulators.

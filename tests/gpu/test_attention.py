@@ -63,7 +63,10 @@ VARIANTS = (
     BASE.replace(layout="lengths", lengths_q=(300, 129), lengths_k=(65, 260), causal=True),
     BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), causal=True),
     BASE.replace(interval="random"),
-)
+    BASE.replace(causal=True, softcap=4.0, alibi="bh", sinks=True, dropout=0.2),
+    BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), alibi="h",
+                 sinks=True, dropout=0.4),
+)  # fmt: skip
 
 
 @cases(*VARIANTS)
@@ -255,7 +258,25 @@ def test_memory_and_calls_of_the_program(platform):
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_what_cuda_does_not_take_is_refused(dtype, platform):
     if platform == "cpu":
-        pytest.skip("the CPU takes every dtype")
+        pytest.skip("the CPU takes everything")
     x = put(platform, jnp.ones((1, 4, 1, 8), dtype))[0]
     with pytest.raises(NotImplementedError, match="bfloat16 or float16, got float32"):
         flash_attention(x, x, x)
+    x = x.astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="CUDA does not support bias"):
+        flash_attention(x, x, x, bias=x[..., :1].reshape(1, 1, 4, 1))
+
+
+def test_dropout_drops_the_same_elements_as_on_the_cpu(platform):
+    """S12, read off the probability matrix: values are unit vectors, scores equal."""
+    shapes = (1, 200, 4, 64), (1, 192, 2, 64)
+    args = [jnp.zeros(s, jnp.bfloat16) for s in shapes]
+    args.append(jnp.tile(jnp.eye(192, dtype=jnp.bfloat16)[None, :, None], (1, 1, 2, 1)))
+    kept = []
+    for device in (platform, "cpu"):
+        key = jax.random.key(5)
+        moved = jax.device_put((args, key), jax.devices(device)[0])
+        run = jax.jit(lambda a, k: flash_attention(*a, dropout_rate=0.5, dropout_key=k))
+        kept.append(np.asarray(run(*moved)) != 0)
+    assert np.array_equal(*kept)
+    assert 0.49 < kept[0].mean() < 0.51

@@ -60,6 +60,22 @@ def _window(rng, sk: int) -> dict:
     return {"left": left, "right": right, "causal": bool(rng.random() < 0.5)}
 
 
+def _features(rng) -> dict:
+    """Each feature in about a sixth of the cases, so that pairs of them are common enough."""
+    choices = {
+        "softcap": (0.5, 4.0, 30.0),
+        "alibi": ("h", "bh"),
+        "sinks": (True,),
+        "dropout": (0.01, 0.3, 0.9),
+        "bias": ("bhij", "hij", "ij", "bhj", "bi", "j", "h", ""),
+    }
+    return {
+        name: values[rng.integers(len(values))]
+        for name, values in choices.items()
+        if rng.random() < 0.16
+    }
+
+
 def random_case(geometry_seed: int, data_seed: int) -> Case:
     """One case; the geometry seed alone fixes everything but the numbers."""
     rng = np.random.default_rng(geometry_seed)
@@ -73,6 +89,7 @@ def random_case(geometry_seed: int, data_seed: int) -> Case:
     fields = _mask(rng, b, sq, sk) | window
     scale = [None, None, None, 0.5, 1.0, 0.0, -0.3][rng.integers(7)]
     data = "gaussian"
+    fields |= _features(np.random.default_rng([geometry_seed, 1]))
     if rng.random() < 0.1:
         data = str(rng.choice(["integer", "massive", "constant_score", "onehot"]))
         scale = None

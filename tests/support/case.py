@@ -16,6 +16,11 @@ class Case:
       lengths_k: None passes one array for both sides.
       id_cycle: documents are numbered 1, 2, ... or, if not 0, cyclically up to this id.
       interval: shape of a further IntervalMask: None | "random" | "prefix" | "decreasing" | "wild".
+      softcap, dropout: static options of the call; the dropout key comes from the data seed.
+      alibi: "h" or "bh", the axes of the slopes.
+      sinks: whether there are sinks.
+      bias: the axes of "bhij" along which the bias is not 1, "" for a single number.
+      bias_dtype: None is the dtype of the query.
       dlse: whether the log-sum-exp gets a cotangent.
       poison: "none", "tail" (NaN in padding and behind lengths) or "invisible" (NaN in everything
         that no pair uses).
@@ -38,6 +43,12 @@ class Case:
     left: int | None = None
     right: int | None = None
     scale: float | None = None
+    softcap: float | None = None
+    alibi: str | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    bias: str | None = None
+    bias_dtype: str | None = None
     deterministic: bool = False
     dlse: bool = False
     data: str = "gaussian"
@@ -64,6 +75,8 @@ class Case:
             "causal": self.causal,
             "window": window,
             "scale": self.scale,
+            "softcap": self.softcap,
+            "dropout_rate": self.dropout,
             "deterministic": self.deterministic,
         }
 

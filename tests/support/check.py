@@ -12,6 +12,7 @@ from support.data import Problem, make_problem
 from jax_flashattn import IntervalMask, flash_attention
 
 GRADIENTS = ("dq", "dk", "dv")
+LEARNED = ("bias", "sinks")  # further arguments with gradients, "dbias" and "dsinks"
 
 
 def x64_if(wanted: bool):
@@ -29,15 +30,22 @@ def call(query, key, value, arguments: dict, **options):
 
 @functools.cache
 def jitted(options: tuple):
-    """out, lse, dq, dk, dv as one program, shared by cases with the same static options."""
+    """out, lse, dq, dk, dv, then dbias and dsinks where given, as one program.
+
+    Shared by cases with the same static options.
+    """
     keywords = dict(options)
 
     def run(query, key, value, dout, dlse, arguments):
-        def forward(*x):
-            return call(*x, arguments, return_lse=True, **keywords)
+        fixed = {n: x for n, x in arguments.items() if n not in LEARNED}
+        learned = {n: arguments[n] for n in LEARNED if n in arguments}
 
-        (out, lse), pullback = jax.vjp(forward, query, key, value)
-        return out, lse, *pullback((dout, dlse))
+        def forward(query, key, value, learned):
+            return call(query, key, value, fixed | learned, return_lse=True, **keywords)
+
+        (out, lse), pullback = jax.vjp(forward, query, key, value, learned)
+        *gradients, of_learned = pullback((dout, dlse))
+        return out, lse, *gradients, *of_learned.values()
 
     return jax.jit(run)
 
@@ -64,28 +72,34 @@ def execute(problem: Problem, arrays: dict, platform: str = "cpu") -> dict:
         options = tuple(problem.case.options().items())
         run = _compiled(options, shapes, structure, platform)
         results = jax.device_get(run(*given))
-    return dict(zip(("out", "lse", *GRADIENTS), results))
+    learned = ["d" + n for n in LEARNED if n in given[-1]]
+    return dict(zip(("out", "lse", *GRADIENTS, *learned), results, strict=True))
 
 
 def check_results(problem: Problem, results: dict) -> None:
     """The policy: structure, exact zeros, then numbers."""
-    case, see = problem.case, problem.see
+    case, see, given = problem.case, problem.see, problem.features
+    args = (problem.clean, see, problem.scale, given)
     with np.errstate(all="ignore"):
-        exact = oracle.attention(problem.clean, see, problem.scale)
-        low = oracle.attention(problem.clean, see, problem.scale, low=True)
-        floors = oracle.rounding_floors(problem.clean, see, problem.scale)
+        exact, low = oracle.attention(*args), oracle.attention(*args, low=True)
+        floors = oracle.rounding_floors(*args)
     statistics = "float64" if case.dtype == "float64" else "float32"
+    dtypes = dict.fromkeys(exact, case.dtype) | {"lse": statistics, "dsinks": statistics}
+    dtypes["dbias"] = case.bias_dtype or case.dtype
     for name, wanted in exact.items():
-        dtype = statistics if name == "lse" else case.dtype
-        compare.assert_structure(name, results[name], wanted, dtype, case)
+        compare.assert_structure(name, results[name], wanted, dtypes[name], case)
     seen = {"q": see.any(2), "k": see.any(1)}
     for name, side in (("out", "q"), ("dq", "q"), ("dk", "k"), ("dv", "k")):
         unused = np.broadcast_to(~seen[side][..., None, None], exact[name].shape)
         compare.assert_zero(name, results[name], unused, case)
+    if given.bias is not None:
+        read = oracle.reduced_to(see[:, None], given.bias.shape, np.any)
+        unused = np.broadcast_to(~read, given.bias.shape)
+        compare.assert_zero("dbias", results["dbias"], unused, case)
     compare.assert_lse(results["lse"], exact["lse"], case.dtype, floors["lse"], case)
-    for name in ("out", *GRADIENTS):
+    for name in [n for n in exact if n != "lse"]:
         factor = 2 if name == "out" else 3
-        args = (exact[name], low[name], case.dtype, factor, floors[name])
+        args = (exact[name], low[name], dtypes[name], factor, floors[name])
         compare.assert_numbers(name, results[name], *args, case)
 
 

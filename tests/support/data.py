@@ -25,9 +25,12 @@ class Problem:
     clean: dict
     given: dict
     scale: float
+    features: oracle.Features
+    bias: np.ndarray | None  # as given: poisoned where the features' own is clean
 
     def mask_arguments(self) -> dict:
         """The arrays flash_attention takes by keyword, as plain tuples and arrays."""
+        f = self.features
         m, pair = self.mask, self.case.lengths_k is not None
         arguments = {}
         if m.lengths_q is not None:
@@ -36,6 +39,14 @@ class Problem:
             arguments["segment_ids"] = (m.ids_q, m.ids_k) if pair else m.ids_q
         if m.lo is not None:
             arguments["intervals"] = (m.lo, m.hi)
+        if f.slopes is not None:
+            arguments["alibi_slopes"] = f.slopes if self.case.alibi == "bh" else f.slopes[0]
+        if f.sinks is not None:
+            arguments["sinks"] = f.sinks
+        if self.bias is not None:
+            arguments["bias"] = self.bias
+        if self.case.dropout:
+            arguments["dropout_key"] = dropout_key(self.case)
         return arguments
 
 
@@ -181,8 +192,46 @@ def _poisoned(case: Case, mask: oracle.Mask, see: np.ndarray, clean: dict) -> di
     return given
 
 
+def dropout_key(case: Case) -> np.ndarray:
+    """A raw key, as jax.random.PRNGKey makes them, with both words in use."""
+    return np.array([0xDEAD0000 + case.data_seed, 17 * case.data_seed + 3], np.uint32)
+
+
+def _features(case: Case, mask: oracle.Mask) -> oracle.Features:
+    rng = np.random.default_rng(case.data_seed + 1)
+    statistics = np.float64 if case.dtype == "float64" else np.float32
+    arrays = {"position": oracle.positions(case, mask)}
+    if case.alibi is not None:
+        slopes = np.exp2(-rng.uniform(1, 8, (case.b if case.alibi == "bh" else 1, case.hq)))
+        arrays["slopes"] = np.broadcast_to(slopes.astype(np.float32), (case.b, case.hq))
+    if case.sinks:
+        arrays["sinks"] = rng.normal(1, 2, case.hq).astype(statistics)
+    if case.bias is not None:
+        sizes = {"b": case.b, "h": case.hq, "i": case.sq, "j": case.sk}
+        shape = tuple(n if axis in case.bias else 1 for axis, n in sizes.items())
+        dtype = DTYPES[case.bias_dtype or case.dtype]
+        arrays["bias"] = rng.standard_normal(shape).astype(dtype)
+    if case.dropout:
+        arrays["threshold"] = round((1 - case.dropout) * 65536)
+        sizes = (case.b, case.hq, case.sk)
+        arrays["keep"] = oracle.keep(dropout_key(case), arrays, sizes)
+    return oracle.Features(softcap=case.softcap, **arrays)
+
+
+def _poisoned_bias(case: Case, see: np.ndarray, bias: np.ndarray | None) -> np.ndarray | None:
+    """NaN in a bias that no visible pair reads."""
+    if bias is None or case.poison == "none":
+        return bias
+    return np.where(oracle.reduced_to(see[:, None], bias.shape, np.any), bias, np.nan).astype(
+        bias.dtype
+    )
+
+
 def make_problem(case: Case) -> Problem:
     mask = make_mask(case)
     see = oracle.visible(case, mask)
     clean = _clean_arrays(case)
-    return Problem(case, mask, see, clean, _poisoned(case, mask, see, clean), _scale(case))
+    given = _poisoned(case, mask, see, clean)
+    features = _features(case, mask)
+    bias = _poisoned_bias(case, see, features.bias)
+    return Problem(case, mask, see, clean, given, _scale(case), features, bias)

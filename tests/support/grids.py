@@ -84,7 +84,41 @@ COMBINED = [
         for left in (None, 10)
     ),
 ]
+# Softcap, ALiBi, sinks and dropout, alone and together, over the ways to hide keys.
+_FEATURED = Case(b=2, sq=70, sk=130, hq=4, hk=2, d=24, dv=40, dlse=True)
+_PAIRED_LENGTHS = {"layout": "lengths", "lengths_q": (70, 33), "lengths_k": (97, 130)}
+_PAIRED_DOCUMENTS = {
+    "layout": "segments",
+    "lengths_q": ((30, -2, 38), (1, 64)),
+    "lengths_k": ((64, 60), (-5, 9, 97)),
+}
+_MASKS = (
+    {"causal": True},
+    {"left": 9, "right": 70},
+    {"causal": True, **_PAIRED_LENGTHS},
+    {"causal": True, **_PAIRED_DOCUMENTS},
+    {"interval": "random"},
+    {"sq": 5, "hq": 12, "interval": "prefix", **_PAIRED_LENGTHS, "lengths_q": (5, 3)},
+)
+_SINGLE = (
+    {"softcap": 2.0},
+    {"softcap": 0.4, "scale": -0.7},
+    {"alibi": "h"},
+    {"alibi": "bh", "scale": 0.0},
+    {"sinks": True},
+    {"dropout": 0.4},
+    {"softcap": 1.5, "alibi": "bh", "sinks": True, "dropout": 0.25},
+)
+FEATURES = [
+    _FEATURED.replace(**feature, **mask) for feature, mask in itertools.product(_SINGLE, _MASKS)
+]
+BIASES = [
+    *(_FEATURED.replace(bias=axes, causal=True) for axes in ("bhij", "hij", "bij", "ij", "bhj")),
+    *(_FEATURED.replace(bias=axes, left=9) for axes in ("", "i", "bi", "hi", "j", "h")),
+    *(_FEATURED.replace(bias="hij", **_SINGLE[-1], **mask) for mask in _MASKS),
+    _FEATURED.replace(bias="bhij", sq=5, hq=12, sinks=True, scale=-0.3),
+]
 ALL = [
     *(HEADS + HEAD_DIMS + VALUE_DIMS + SHAPES + WINDOWS + CAUSAL_WINDOWS + SCALES + STRUCTURED),
-    *(LENGTHS + SEGMENTS + INTERVALS + COMBINED),
+    *(LENGTHS + SEGMENTS + INTERVALS + COMBINED + FEATURES),
 ]

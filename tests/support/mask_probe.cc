@@ -1,6 +1,7 @@
 // csrc/semantics for ctypes: evaluated over whole arrays, compared in tests/unit/test_semantics.py.
 #include "semantics/mask.h"
 #include "semantics/params.h"
+#include "semantics/philox.h"
 
 using namespace jax_flashattn;
 
@@ -49,6 +50,52 @@ int probe_classify(int64_t n, const int32_t* lo, const int32_t* hi, int64_t j0, 
     half = add_row(half, {lo[i], hi[i]});
   }
   return static_cast<int>(classify(unite(first, second), j0, j1));
+}
+
+void probe_philox(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
+  uint32_t x[4] = {counter[0], counter[1], counter[2], counter[3]};
+  philox(x, key[0], key[1], MultiplyWords{});
+  for (int w = 0; w < 4; ++w) words[w] = x[w];
+}
+
+// Which scores of rows at `position` and keys at `coordinate` stay.
+void probe_keep(const uint32_t* stream, int64_t rows, const int32_t* position, int64_t keys,
+                const int32_t* coordinate, int64_t threshold, uint8_t* keep) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < keys; ++j)
+      keep[i * keys + j] =
+          keep_score(stream, static_cast<uint32_t>(position[i]),
+                     static_cast<uint32_t>(coordinate[j]), static_cast<uint32_t>(threshold));
+}
+
+// Word and shift of a score within its call, and the counters of the call.
+void probe_cell(int64_t i, int64_t j, uint32_t* cell) {
+  const DropoutRow row = dropout_row(static_cast<uint32_t>(i));
+  const DropoutColumn column = dropout_column(static_cast<uint32_t>(j));
+  cell[0] = row.counter;
+  cell[1] = column.counter;
+  cell[2] = row.word + column.word;
+  cell[3] = column.shift;
+}
+
+// Aligned positions of rows of batch b, and the coordinates of keys; null pointers are absent.
+void probe_coordinates(int64_t sq, int64_t sk, const int32_t* lengths, const int32_t* position,
+                       const int32_t* keys, int64_t b, int32_t* rows_out, int32_t* keys_out) {
+  Sizes n{};
+  n.sq = sq;
+  n.sk = sk;
+  const MaskSource source{-1, -1, lengths, nullptr, nullptr, 2, sq};
+  Features f{};
+  f.position = position;
+  f.keys = keys;
+  f.position_pitch = sq;
+  f.keys_pitch = 2;
+  for (int64_t i = 0; i < sq; ++i) rows_out[i] = aligned_position(f, source, n, b, narrow(i));
+  for (int64_t j = 0; j < sk; ++j) keys_out[j] = key_coordinates(f, b).at(j);
+}
+
+int32_t probe_distance(int32_t position, int32_t coordinate) {
+  return key_distance(position, coordinate);
 }
 
 int probe_visible(int32_t lo, int32_t hi, int64_t j) { return visible({lo, hi}, j); }

@@ -88,6 +88,81 @@ def visible(case: Case, mask: Mask) -> np.ndarray:
     return see
 
 
+def positions(case: Case, mask: Mask) -> np.ndarray:
+    """The key coordinate [b, sq] that each row is aligned with (S2, S6), in packed coordinates."""
+    result = np.zeros((case.b, case.sq), int)
+    for b in range(case.b):
+        length_q = case.sq if mask.lengths_q is None else min(max(mask.lengths_q[b], 0), case.sq)
+        length_k = case.sk if mask.lengths_k is None else min(max(mask.lengths_k[b], 0), case.sk)
+        if mask.ids_q is None:
+            result[b] = np.arange(case.sq) + length_k - length_q
+            continue
+        ids_q = np.where(np.arange(case.sq) < length_q, mask.ids_q[b], 0)
+        ids_k = np.where(np.arange(case.sk) < length_k, mask.ids_k[b], 0)
+        ends = {}  # of the key runs; a later key of a run overwrites an earlier one
+        for j, (name, _, _) in enumerate(_documents(ids_k)):
+            ends[name] = j + 1
+        for i, (name, at, length) in enumerate(_documents(ids_q)):
+            result[b, i] = ends.get(name, 0) - (length - at)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What changes scores and probabilities, as plain arrays; absent ones are None."""
+
+    position: np.ndarray | None = None  # [b, sq]
+    softcap: float | None = None
+    slopes: np.ndarray | None = None  # [b, hq]
+    sinks: np.ndarray | None = None  # [hq]
+    bias: np.ndarray | None = None  # [b or 1, hq or 1, sq or 1, sk or 1]
+    keep: np.ndarray | None = None  # bool [b, hq, sq, sk]
+    threshold: int = 65536
+
+    def factor(self, wide) -> np.ndarray | float:
+        """What probabilities are multiplied with (S12)."""
+        if self.keep is None:
+            return 1.0
+        return np.where(self.keep, wide(65536 / max(self.threshold, 1)), wide(0))
+
+    def added(self, sk: int, wide) -> np.ndarray | float:
+        """What is added to scores behind the softcap (S8, S9)."""
+        total = 0.0
+        if self.slopes is not None:
+            distance = np.abs(self.position[:, None, :, None] - np.arange(sk)).astype(wide)
+            total = -self.slopes[:, :, None, None].astype(wide) * distance
+        return total if self.bias is None else total + self.bias.astype(wide)
+
+
+NOTHING = Features()
+
+
+def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Philox 4x32-10 (Salmon et al. 2011), in 64-bit arithmetic: [..., 4] and [..., 2] of words."""
+    word = np.uint64(0xFFFFFFFF)
+    x = [counter[..., n].astype(np.uint64) for n in range(4)]
+    k = [key[..., n].astype(np.uint64) for n in range(2)]
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        high, low = (a >> np.uint64(32), b >> np.uint64(32)), (a & word, b & word)
+        x = [high[1] ^ x[1] ^ k[0], low[1], high[0] ^ x[3] ^ k[1], low[0]]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & word, (k[1] + np.uint64(0xBB67AE85)) & word]
+    return np.stack(x, -1).astype(np.uint32)
+
+
+def keep(key: np.ndarray, arrays: dict, sizes: tuple[int, int, int]) -> np.ndarray:
+    """S12, written out: the kept scores [b, hq, sq, sk] of a call's positions and threshold."""
+    b, hq, sk = sizes
+    i = (arrays["position"] % 2**32)[:, None, :, None]
+    j, h = np.arange(sk), np.arange(hq)[:, None, None]
+    row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2
+    parts = np.broadcast_arrays(row, column, np.arange(b)[:, None, None, None], h)
+    words = philox(np.stack(parts, -1), np.broadcast_to(key, (*parts[0].shape, 2)))
+    which = np.broadcast_to(2 * (i // 8 % 2) + j // 8 % 2, parts[0].shape)
+    word = np.take_along_axis(words, which[..., None], -1)[..., 0].astype(int)
+    return (word >> (16 * (j % 2))) % 65536 < arrays["threshold"]
+
+
 def rounder(dtype):
     """Rounds to a dtype and widens again, to float32 or, for float64, not at all."""
     dtype = np.dtype(dtype)
@@ -106,21 +181,54 @@ def _grouped(x, heads: int):
     return _rows(x.reshape(b, heads, hq // max(heads, 1), s, d).sum(2))
 
 
-def _softmax(score, see):
+def _softmax(score, see, sinks=None):
     """Probabilities and log-sum-exp of the visible scores; S11 for rows that see nothing."""
-    sees_any = see.any(-1, keepdims=True)
     score = np.where(see, score, -np.inf)
-    top = np.where(sees_any, score.max(-1, keepdims=True, initial=-np.inf), 0)
+    top = score.max(-1, keepdims=True, initial=-np.inf)
+    sees_any = see.any(-1, keepdims=True) & ~np.isneginf(top)
+    if sinks is not None:
+        sinks = sinks[:, None, None].astype(score.dtype)
+        top = np.maximum(top, sinks)
+    top = np.where(sees_any, top, 0)
     weight = np.where(see, np.exp(score - top), 0)
-    total = np.where(sees_any, weight.sum(-1, keepdims=True), 1)
+    total = weight.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks - top)
+    total = np.where(sees_any, total, 1)
     return weight / total, np.where(sees_any, top + np.log(total), -np.inf)[..., 0]
 
 
-def attention(arrays: dict, see: np.ndarray, scale: float, *, low: bool = False) -> dict:
-    """out, lse, dq, dk, dv of arrays query, key, value, dout, dlse.
+def reduced_to(x: np.ndarray, shape: tuple, reduce) -> np.ndarray:
+    """x reduced over the axes along which shape is 1, after broadcasting it to the others."""
+    x = np.broadcast_to(x, np.broadcast_shapes(x.shape, shape))
+    axes = tuple(a for a, n in enumerate(shape) if n == 1)
+    return reduce(x, axis=axes, keepdims=True) if axes else x
 
-    Gradients by hand: with delta = rowsum(dO * O) - dlse (S10),
-      dV = P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q.
+
+def _feature_gradients(features: Features, ds, lse, delta) -> dict:
+    """dbias and dsinks from dS behind the softcap (S8, S15)."""
+    found = {}
+    if features.bias is not None:
+        found["dbias"] = reduced_to(ds, features.bias.shape, np.sum)
+    if features.sinks is not None:
+        share = np.exp(features.sinks[:, None].astype(ds.dtype) - np.where(lse > -np.inf, lse, 0))
+        found["dsinks"] = -np.where(lse > -np.inf, share * delta, 0).sum((0, 2))
+    return found
+
+
+def attention(
+    arrays: dict,
+    see: np.ndarray,
+    scale: float,
+    features: Features = NOTHING,
+    *,
+    low: bool = False,
+) -> dict:
+    """out, lse, dq, dk, dv (dbias, dsinks) of arrays query, key, value, dout, dlse.
+
+    Gradients by hand: with delta = rowsum(dO * O) - dlse (S10) and the dropout factor F,
+      dV = (F P)^T dO,  dP = F dO V^T,  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,
+    where dS of the product is dS of the score times the derivative of the softcap.
     """
     dtype = arrays["query"].dtype
     wide = np.float32 if low and dtype != np.float64 else np.float64
@@ -136,13 +244,21 @@ def attention(arrays: dict, see: np.ndarray, scale: float, *, low: bool = False)
     transposed = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
 
     score = round_(round_(q * wide(scale)) @ transposed(k))
-    p, lse = _softmax(score, see[:, None])
+    steepness = 1.0
+    if features.softcap:
+        tanh = np.tanh(score / wide(features.softcap))
+        score, steepness = wide(features.softcap) * tanh, 1 - tanh**2
+    p, lse = _softmax(score + features.added(k.shape[2], wide), see[:, None], features.sinks)
+    factor = features.factor(wide)
     p = round_(p)
-    out = round_(p @ v)
+    out = round_((p * factor) @ v)
     delta = (dout * out).sum(-1) - dlse
-    dp = round_(dout @ transposed(v))
+    dp = round_((dout @ transposed(v)) * factor)
     # A hidden pair has no gradient, whatever cotangent an empty row's lse gets.
-    ds = np.where(see[:, None], round_(p * (dp - delta[..., None])), 0)
+    shown = see[:, None] & (lse > -np.inf)[..., None]
+    ds = np.where(shown, round_(p * (dp - np.where(shown.any(-1), delta, 0)[..., None])), 0)
+    learned = _feature_gradients(features, ds, lse, delta)
+    ds = round_(ds * steepness)
     dq, dk = wide(scale) * (ds @ k), wide(scale) * (transposed(ds) @ q)
     if low:
         dq, dk = dq[..., ::-1], dk[..., ::-1]
@@ -151,12 +267,15 @@ def attention(arrays: dict, see: np.ndarray, scale: float, *, low: bool = False)
         "lse": lse,
         "dq": round_(_rows(dq)),
         "dk": round_(_grouped(dk, heads)),
-        "dv": round_(_grouped(transposed(p) @ dout, heads)),
+        "dv": round_(_grouped(transposed(p * factor) @ dout, heads)),
+        **learned,
     }
     return {name: np.asarray(x, np.float64) for name, x in result.items()}
 
 
-def rounding_floors(arrays: dict, see: np.ndarray, scale: float) -> dict:
+def rounding_floors(
+    arrays: dict, see: np.ndarray, scale: float, features: Features = NOTHING
+) -> dict:
     """How far a correct kernel may be off even where the low-precision answer is lucky.
 
     Sums may run in any order, scores carry rounding into P, dP - delta cancels, and delta is made
@@ -169,20 +288,32 @@ def rounding_floors(arrays: dict, see: np.ndarray, scale: float) -> dict:
     heads, repeat = k.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (np.repeat(x, repeat, axis=1) for x in (k, v))
     transposed = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
-    p, _ = _softmax(scale * (q @ transposed(k)), see[:, None])
-    term = np.abs(p @ v) * np.abs(dout)  # of delta
+    score, added = scale * (q @ transposed(k)), features.added(k.shape[2], np.float64)
+    if features.softcap:
+        score = features.softcap * np.tanh(score / features.softcap)
+    p, lse = _softmax(score + added, see[:, None], features.sinks)
+    factor = features.factor(np.float64)
+    term = np.abs((p * factor) @ v) * np.abs(dout)  # of delta
     q, k, v, dout = (np.abs(x) for x in (q, k, v, dout))
 
-    score = np.where(see[:, None], abs(scale) * (q @ transposed(k)), 0)  # size of its terms
-    dp = dout @ transposed(v) + term.sum(-1, keepdims=True)
+    score = abs(scale) * (q @ transposed(k)) + np.abs(added)  # size of its terms
+    score = np.where(see[:, None] & np.isfinite(score), score, 0)
+    dp = (dout @ transposed(v)) * factor + term.sum(-1, keepdims=True)
     p_noise = 2 * step * p * (2 + score)
     ds = p_noise * dp + 2 * step * p * dp
     ds += p * eps * np.sqrt((term**2).sum(-1, keepdims=True))
     floors = {
-        "out": p_noise @ v,
+        "out": (p_noise * factor) @ v,
         "lse": 4 * step * score,
         "dq": abs(scale) * (ds @ k),
         "dk": abs(scale) * _grouped(transposed(ds) @ q, heads),
-        "dv": _grouped(transposed(p_noise) @ dout, heads),
+        "dv": _grouped(transposed(p_noise * factor) @ dout, heads),
     }
+    if features.bias is not None:
+        floors["dbias"] = reduced_to(ds, features.bias.shape, np.sum)
+    if features.sinks is not None:  # relative to each row's own term
+        rows = np.abs(arrays["dlse"].astype(np.float64)) + term.sum(-1)
+        share = np.exp(features.sinks[:, None] - np.where(lse > -np.inf, lse, np.inf))
+        noise = 2 * step * (2 + score.max(-1, initial=0)) * rows + eps * np.sqrt((term**2).sum(-1))
+        floors["dsinks"] = (share * noise).sum((0, 2))
     return {name: float(x.max(initial=0)) for name, x in floors.items()}

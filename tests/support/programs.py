@@ -46,6 +46,7 @@ def isa(out: str, argument: str) -> None:
         sample = (
             *(grids.HEAD_DIMS[::4] + grids.VALUE_DIMS[:2] + grids.SHAPES[9::6]),
             *(grids.SCALES[3:5] + grids.LENGTHS[1::5] + grids.SEGMENTS[1:2] + grids.INTERVALS[::5]),
+            *(grids.FEATURES[1::13] + grids.FEATURES[-4:] + grids.BIASES[1::6]),
         )
         for case in sample:
             for dtype in ("float32", "bfloat16"):
@@ -71,6 +72,7 @@ def results(out: str, argument: str) -> None:
         base.replace(dtype="bfloat16", causal=True, deterministic=True),
         base.replace(dtype="float16", layout="lengths", lengths_q=(300, 20), lengths_k=(290, 9)),
         base.replace(b=1, sq=1, sk=300, hq=6, hk=2),
+        base.replace(softcap=2.0, alibi="bh", sinks=True, dropout=0.3, bias="ij"),
     )
     arrays = {}
     for n, case in enumerate(cases):

@@ -87,11 +87,14 @@ def _assert_segments(ids_q, ids_k, left, right):
     keys = ids_q if ids_k is None else ids_k
     sk = keys.shape[1]
     given = None if ids_k is None else jnp.asarray(ids_k)
-    limits = jax.jit(_mask.segment_intervals, static_argnums=(2, 3))(
-        jnp.asarray(ids_q), given, left, right
-    )
+    segments = jax.jit(_mask.segment_rows)(jnp.asarray(ids_q), given)
+    limits = jax.jit(_mask.segment_intervals, static_argnums=(1, 2))(segments, left, right)
     case = Case(b=rows, sq=sq, sk=sk, left=left, right=right)
-    wanted = oracle.visible(case, oracle.Mask(ids_q=ids_q, ids_k=keys))
+    mask = oracle.Mask(ids_q=ids_q, ids_k=keys)
+    wanted = oracle.visible(case, mask)
+    alone = oracle.visible(case.replace(left=None, right=None), mask).any(2)
+    positions = np.where(alone, segments.centre, 0)
+    assert np.array_equal(positions, np.where(alone, oracle.positions(case, mask), 0))
     for b in range(rows):
         context = (ids_q[b].tolist(), keys[b].tolist(), left, right)
         _assert_limits([x[b] for x in limits], wanted[b], sk, context)
@@ -119,6 +122,15 @@ def test_segment_ids_at_the_ends_of_int32():
     _assert_segments(ids, None, None, 0)
     _assert_segments(ids, other, None, None)
     _assert_segments(other, ids, 1, 0)
+
+
+def test_positions_of_lengths():
+    lengths = np.array([[3, 4], [0, 5], [9, -1], [6, 1]], np.int32)
+    case = Case(b=4, sq=6, sk=5)
+    mask = oracle.Mask(lengths_q=lengths[:, 0], lengths_k=lengths[:, 1])
+    found = _mask.arithmetic_positions(6, 5, jnp.asarray(lengths))
+    assert np.array_equal(found, oracle.positions(case, mask))
+    assert _mask.arithmetic_positions(3, 5)[0].tolist() == [2, 3, 4]
 
 
 def test_intersection_is_the_logical_and():

@@ -13,9 +13,11 @@ ATTRIBUTES = {
     "left": np.int64(-1),
     "right": np.int64(-1),
     "deterministic": np.bool_(False),
+    "softcap": np.float64(0),
+    "keep_threshold": np.int64(65536),
 }
 B, SQ, SK, HQ, HK, D, DV = 2, 3, 5, 4, 2, 8, 16
-F32, I32, BF16 = jnp.float32, jnp.int32, jnp.bfloat16
+F32, I32, U32, BF16 = jnp.float32, jnp.int32, jnp.uint32, jnp.bfloat16
 
 # name -> (shape, dtype) of a correct call in the user's form.
 INPUTS = {
@@ -25,6 +27,12 @@ INPUTS = {
     "lengths": ((B, 2), I32),
     "lo": ((B, SQ), I32),
     "hi": ((B, SQ), I32),
+    "position": ((B, SQ), I32),
+    "key_coordinates": ((B, 2), I32),
+    "alibi_slopes": ((B, HQ), F32),
+    "sinks": ((B, HQ), F32),
+    "dropout": ((B, HQ, 4), U32),
+    "bias": ((1, HQ, 1, SK), F32),
 }
 FORWARD_RESULTS = {"out": ((B, SQ, HQ, DV), F32), "lse": ((B, HQ, SQ), F32)}
 BACKWARD_INPUTS = INPUTS | {
@@ -36,6 +44,7 @@ BACKWARD_RESULTS = {
     "dq": ((B, SQ, HQ, D), F32),
     "dk": ((B, SK, HK, D), F32),
     "dv": ((B, SK, HK, DV), F32),
+    "dbias": ((1, HQ, 1, SK), F32),
     "scratch": ((B, HK, 1, SK + 1, 32), F32),
 }
 
@@ -61,7 +70,7 @@ def test_a_correct_call_runs_in_both_directions():
     assert np.isfinite(out).all()
     assert np.isneginf(lse).all(), "lo = hi = 1 hides everything"
     results = _call(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS)
-    assert all(not np.asarray(x).any() for x in results[:3])
+    assert all(not np.asarray(x).any() for x in results[:4])
 
 
 FORWARD_WRONG = (
@@ -86,6 +95,17 @@ FORWARD_WRONG = (
     ("lo", ((B, SQ + 1), I32), ["lo", "[2, 4]", "[2, 3]"]),
     ("hi", ((1, SQ), I32), ["hi", "[1, 3]", "[2, 3]"]),
     ("hi", ((B, 0), I32), ["lo and hi must be given together"]),
+    ("position", ((B, SK), I32), ["position", "[2, 5]", "[2, 3]"]),
+    ("key_coordinates", ((B, 3), I32), ["key_coordinates", "[2, 3]", "[2, 2]"]),
+    ("alibi_slopes", ((B, HK), F32), ["alibi_slopes", "[2, 2]", "[2, 4]"]),
+    ("alibi_slopes", ((B, HQ), BF16), ["alibi_slopes", "[2, 4]"]),
+    ("sinks", ((HQ,), F32), ["sinks", "[4]", "[2, 4]"]),
+    ("dropout", ((B, HQ, 2), U32), ["dropout", "[2, 4, 2]", "[2, 4, 4]"]),
+    ("dropout", ((B, HQ, 4), I32), ["dropout", "[2, 4, 4]"]),
+    ("bias", ((B, HQ, SQ, SQ), F32), ["bias", "[2, 4, 3, 3]", "[2, 4, 3, 5]"]),
+    ("bias", ((HQ, SQ, SK), F32), ["bias", "[4, 3, 5]", "[2, 4, 3, 5]"]),
+    ("bias", ((1, HK, 1, SK), F32), ["bias", "[1, 2, 1, 5]"]),
+    ("bias", ((1, HQ, 1, SK), BF16), ["bias", "float32"]),
 )
 
 
@@ -130,6 +150,8 @@ def test_backward_refuses(name, wrong, words):
         ("dq", ((B, SQ, HQ, DV), F32), ["dq", "[2, 3, 4, 16]", "[2, 3, 4, 8]"]),
         ("dk", ((B, SK, HQ, D), F32), ["dk", "[2, 5, 4, 8]", "[2, 5, 2, 8]"]),
         ("dv", ((B, SK, HK, DV), BF16), ["dv", "[2, 5, 2, 16]"]),
+        ("dbias", ((B, HQ, 1, SK), F32), ["dbias", "[2, 4, 1, 5]", "[1, 4, 1, 5]"]),
+        ("dbias", ((1, HQ, 1, SK), BF16), ["dbias"]),
         ("scratch", ((B, HK, 1, SK, 32), F32), ["scratch", "[2, 2, 1, 5, 32]", "[2, 2, 1, 6, 32]"]),
         ("scratch", ((B, HK, 1, SK + 1, 24), F32), ["scratch", "24", "32"]),
         ("scratch", ((B, HK, 0, SK + 1, 32), F32), ["scratch", "[2, 2, 0, 6, 32]"]),
@@ -141,15 +163,50 @@ def test_backward_refuses_results(name, wrong, words):
     _refuses(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS | {name: wrong}, words)
 
 
+def test_a_call_of_another_version_is_refused():
+    """The operand list is one: fewer, or results or attributes that are missing, name the count."""
+    fewer = {n: INPUTS[n] for n in list(INPUTS)[:6]}
+    _refuses(FORWARD, fewer, FORWARD_RESULTS, ["6 operands", "expected 12"])
+    only_out = {"out": FORWARD_RESULTS["out"]}
+    _refuses(FORWARD, INPUTS, only_out, ["1 results", "12 and 2"])
+    without = {n: BACKWARD_RESULTS[n] for n in list(BACKWARD_RESULTS)[:4]}
+    _refuses(BACKWARD, BACKWARD_INPUTS, without, ["result 4 is missing"])
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_missing_attribute_is_refused(name, monkeypatch):
+    monkeypatch.delitem(ATTRIBUTES, name)
+    if name == "deterministic":  # the CPU is always
+        _call(FORWARD, INPUTS, FORWARD_RESULTS)
+    else:
+        _refuses(FORWARD, INPUTS, FORWARD_RESULTS, [name])
+
+
 def test_the_logical_form_gives_the_same_numbers():
     """[b, g, r, s, d] in row-major order is the b, s, h, d call on transposed data."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(INPUTS[n][0]).astype(np.float32) for n in list(INPUTS)[:3])
-    absent = jnp.zeros((B, 0), I32)
+    given = [
+        np.array([[3, 5], [2, 4]], np.int32),  # lengths
+        *[np.zeros((B, 0), np.int32)] * 2,
+        rng.integers(0, 9, (B, SQ)).astype(np.int32),  # position
+        np.array([[1, 2], [0, 3]], np.int32),  # key coordinates
+        *(rng.uniform(size=(B, HQ)).astype(np.float32) for _ in range(2)),
+        rng.integers(0, 2**32, (B, HQ, 4), np.uint32),  # dropout
+        rng.standard_normal((B, HQ, SQ, SK)).astype(np.float32),
+    ]
+    attributes = ATTRIBUTES | {"softcap": np.float64(2), "keep_threshold": np.int64(40000)}
     types = [jax.ShapeDtypeStruct(*x) for x in FORWARD_RESULTS.values()]
-    out, lse = jax.ffi.ffi_call(FORWARD, types)(q, k, v, absent, absent, absent, **ATTRIBUTES)
+    out, lse = jax.ffi.ffi_call(FORWARD, types)(q, k, v, *given, **attributes)
     q5 = q.reshape(B, SQ, HK, HQ // HK, D).transpose(0, 2, 3, 1, 4)
-    layouts = [(4, 2, 1, 3, 0), (3, 1, 2, 0), (3, 1, 2, 0), *[(2, 1, 0)] * 3]
+    r = HQ // HK
+    for n, x in enumerate(given):
+        if n < 5:
+            given[n] = np.broadcast_to(x[:, None], (B, HK, x.shape[1]))
+        else:
+            given[n] = x.reshape(B, HK, r, *x.shape[2:])
+    layouts = [(4, 2, 1, 3, 0), (3, 1, 2, 0), (3, 1, 2, 0)]
+    layouts += [tuple(range(x.ndim))[::-1] for x in given]
     types = [
         jax.ShapeDtypeStruct((B, HK, HQ // HK, SQ, DV), F32),
         jax.ShapeDtypeStruct((B, HK, HQ // HK, SQ), F32),
@@ -158,9 +215,8 @@ def test_the_logical_form_gives_the_same_numbers():
         FORWARD, types, input_layouts=[layout[::-1] for layout in layouts],
         output_layouts=[(0, 3, 1, 2, 4), (0, 1, 2, 3)],
     )  # fmt: skip
-    absent = jnp.zeros((B, HK, 0), I32)
     keys = [x.transpose(0, 2, 1, 3) for x in (k, v)]
-    out5, lse5 = jax.jit(lambda *x: run(*x, **ATTRIBUTES))(q5, *keys, absent, absent, absent)
+    out5, lse5 = jax.jit(lambda *x: run(*x, **attributes))(q5, *keys, *given)
     back = np.asarray(out5).transpose(0, 3, 1, 2, 4).reshape(out.shape)
     assert np.array_equal(back, out)
     assert np.array_equal(np.asarray(lse5).reshape(lse.shape), lse)

@@ -1,5 +1,7 @@
 """The oracle itself: its gradients against finite differences of its forward, its masks by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from support import compare, oracle
@@ -11,7 +13,9 @@ CASES = (
     Case(b=1, sq=9, sk=4, hq=3, d=3, dv=2, dtype="float64", causal=True, left=2, dlse=True),
     Case(sq=9, sk=9, dtype="float64", layout="segments", lengths_q=((4, -1, 3),), dlse=True),
     Case(b=2, sq=6, sk=8, dtype="float64", scale=-0.4, interval="random", dlse=True),
-)
+    Case(b=2, sq=6, sk=9, hq=4, hk=2, dtype="float64", causal=True, dlse=True, softcap=0.7,
+         alibi="bh", sinks=True, dropout=0.3, bias="hj"),
+)  # fmt: skip
 
 
 @cases(*CASES)
@@ -20,12 +24,18 @@ def test_gradients_are_derivatives(case):
     x = problem.clean
 
     def objective(arrays):
-        results = oracle.attention(arrays, problem.see, problem.scale)
+        learned = {n: arrays[n] for n in ("bias", "sinks") if n in arrays}
+        features = dataclasses.replace(problem.features, **learned)
+        results = oracle.attention(arrays, problem.see, problem.scale, features)
         finite = np.isfinite(results["lse"])
         return (results["out"] * x["dout"]).sum() + (results["lse"] * x["dlse"])[finite].sum()
 
-    gradients = oracle.attention(x, problem.see, problem.scale)
-    for name, gradient in (("query", "dq"), ("key", "dk"), ("value", "dv")):
+    gradients = oracle.attention(x, problem.see, problem.scale, problem.features)
+    pairs = [("query", "dq"), ("key", "dk"), ("value", "dv")]
+    if case.sinks:
+        x = x | {"bias": problem.features.bias, "sinks": problem.features.sinks}
+        pairs += [("bias", "dbias"), ("sinks", "dsinks")]
+    for name, gradient in pairs:
         direction = rng.standard_normal(x[name].shape)
         ahead, behind = (
             objective(x | {name: x[name] + sign * step * direction}) for sign in (1, -1)

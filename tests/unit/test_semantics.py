@@ -9,9 +9,10 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import oracle
 from test_mask import BOUNDS, SIZES, brute
 
-from jax_flashattn import _mask
+from jax_flashattn import _dropout, _mask
 
 ROOT = pathlib.Path(__file__).parents[2]
 SKIP, PARTIAL, FULL = range(3)
@@ -165,3 +166,83 @@ def test_the_mask_of_a_public_call_reaches_the_same_limits(probe):
                            _pointer(limits))  # fmt: skip
         wanted = np.stack([lo[b], hi[b]], 1)
         assert np.array_equal(_matrix(limits, 5), _matrix(wanted, 5))
+
+
+# Known answers of Random123 (Salmon et al. 2011), philox 4x32-10: counter, key, words.
+PHILOX = (
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PHILOX)
+def test_philox_known_answers(probe, counter, key, words):
+    """S12, in C++, in Python, and in the oracle."""
+    counter, key = np.array(counter, np.uint32), np.array(key, np.uint32)
+    found = np.zeros(4, np.uint32)
+    probe.probe_philox(_pointer(counter), _pointer(key), _pointer(found))
+    assert found.tolist() == words
+    assert [int(x) for x in _dropout.philox(tuple(jnp.asarray(counter)), tuple(key))] == words
+    assert oracle.philox(counter, key).tolist() == words
+
+
+def test_dropout_masks_of_any_coordinates(probe):
+    """C++ and Python draw the same for negative, scattered and far coordinates."""
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, 2**32, 4, np.uint32)
+    position = np.concatenate([np.arange(-20, 40), rng.integers(-(2**31), 2**31, 50)])
+    key = np.concatenate([np.arange(40), 7 + 3 * np.arange(30), rng.integers(0, 2**31, 20)])
+    position, key = position.astype(np.int32), key.astype(np.int32)
+    for threshold in (0, 1, 30000, 65535, 65536):
+        keep = np.zeros((position.size, key.size), np.uint8)
+        probe.probe_keep(
+            _pointer(stream), *_longs(position.size), _pointer(position), *_longs(key.size),
+            _pointer(key), *_longs(threshold), _pointer(keep),
+        )  # fmt: skip
+        python = _dropout.keep_mask(
+            jnp.asarray(stream)[None, None], jnp.asarray(position)[None], jnp.asarray(key)[None],
+            threshold,
+        )  # fmt: skip
+        assert np.array_equal(keep.astype(bool), python[0, 0])
+        assert threshold not in (0, 65536) or keep.mean() == (threshold > 0)
+
+
+def test_every_score_has_bits_of_its_own(probe):
+    """A call serves {i, i + 8} x {j, j + 1, j + 8, j + 9}, and no bits are used twice."""
+    seen, calls = set(), {}
+    for i, j in itertools.product(range(32), range(48)):
+        cell = np.zeros(4, np.uint32)
+        probe.probe_cell(*_longs(i, j), _pointer(cell))
+        seen.add(tuple(cell.tolist()))
+        calls.setdefault(tuple(cell[:2].tolist()), set()).add((i, j))
+    assert len(seen) == 32 * 48
+    for scores in calls.values():
+        i, j = min(scores)
+        assert scores == set(itertools.product((i, i + 8), (j, j + 1, j + 8, j + 9)))
+
+
+def test_coordinates(probe):
+    """Positions from sizes, lengths or an array; keys from (start, stride)."""
+    lengths = np.array([[3, 4], [9, -1]], np.int32)
+    position = np.array([[5, -7, 2**31 - 1], [0, 1, -(2**31)]], np.int32)
+    keys = np.array([[0, 1], [3, -2]], np.int32)
+    for b, use in itertools.product(range(2), itertools.product((0, 1), repeat=3)):
+        rows, columns = np.zeros(3, np.int32), np.zeros(5, np.int32)
+        chosen = [_pointer(x if u else None) for x, u in zip((lengths, position, keys), use)]
+        probe.probe_coordinates(*_longs(3, 5), *chosen, *_longs(b), _pointer(rows),
+                                _pointer(columns))  # fmt: skip
+        off = (4 - 3, 0 - 3)[b] if use[0] else 2
+        assert rows.tolist() == (position[b].tolist() if use[1] else [off, 1 + off, 2 + off])
+        start, stride = keys[b] if use[2] else (0, 1)
+        assert columns.tolist() == [start + stride * j for j in range(5)]
+
+
+def test_distances_wrap_instead_of_overflowing(probe):
+    for a, b in itertools.product((-(2**31), -5, 0, 3, 2**31 - 1), repeat=2):
+        exact = abs(a - b)
+        assert abs(probe.probe_distance(a, b)) == min(exact, 2**32 - exact)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashattn import IntervalMask, flash_attention
+from jax_flashattn import IntervalMask, _native, flash_attention
 
 Q = jnp.zeros((2, 6, 4, 8))
 K = jnp.zeros((2, 5, 2, 8))
@@ -116,29 +116,64 @@ def test_masks(error, options, words):
     _refuses(error, words, Q, K, K, **options)
 
 
+KEY = jax.random.key(0)
+SLOPES = jnp.ones(4)
+
+
 @pytest.mark.parametrize(
     ("error", "options", "words"),
     [
-        (NotImplementedError, {"softcap": 30.0}, ["softcap"]),
-        (NotImplementedError, {"alibi_slopes": jnp.ones(4)}, ["alibi_slopes"]),
-        (NotImplementedError, {"bias": jnp.zeros((1, 1, 6, 5))}, ["bias"]),
-        (NotImplementedError, {"sinks": jnp.zeros(4)}, ["sinks"]),
+        (ValueError, {"softcap": -1.0}, ["softcap", "0 (off) or positive", "-1.0"]),
+        (ValueError, {"softcap": float("inf")}, ["softcap", "finite", "inf"]),
+        (TypeError, {"softcap": "30"}, ["softcap", "'30'"]),
+        (TypeError, {"softcap": True}, ["softcap", "True"]),
+        (TypeError, {"alibi_slopes": 0.5}, ["alibi_slopes", "array", "float"]),
+        (TypeError, {"alibi_slopes": SLOPES.astype(jnp.bfloat16)}, ["alibi_slopes", "bfloat16"]),
+        (ValueError, {"alibi_slopes": jnp.ones(2)}, ["alibi_slopes", "(4,) or (2, 4)", "(2,)"]),
+        (ValueError, {"alibi_slopes": jnp.ones((4, 2))}, ["alibi_slopes", "(2, 4)", "(4, 2)"]),
+        (TypeError, {"sinks": SLOPES.astype(jnp.int32)}, ["sinks", "float32", "int32"]),
+        (ValueError, {"sinks": jnp.ones((2, 4))}, ["sinks", "(4,)", "(2, 4)"]),
+        (TypeError, {"bias": jnp.zeros((1, 1, 6, 5), jnp.bfloat16)}, ["bias", "bfloat16"]),
+        (ValueError, {"bias": jnp.zeros((6, 5))}, ["bias", "(2, 4, 6, 5)", "(6, 5)"]),
+        (ValueError, {"bias": jnp.zeros((1, 2, 6, 5))}, ["bias", "(2, 4, 6, 5)", "(1, 2, 6, 5)"]),
+        (TypeError, {"bias": [[1.0]]}, ["bias", "array", "list"]),
         (NotImplementedError, {"differentiation": "forward"}, ["differentiation='forward'"]),
-        (
-            NotImplementedError,
-            {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
-            ["dropout_rate"],
-        ),
+        (ValueError, {"differentiation": "both"}, ["differentiation", "'both'", "'reverse'"]),
         (ValueError, {"dropout_rate": 0.1}, ["dropout_rate 0.1", "dropout_key"]),
         (ValueError, {"dropout_rate": -0.1}, ["dropout_rate", "between 0 and 1", "-0.1"]),
         (ValueError, {"dropout_rate": 1.5}, ["dropout_rate", "between 0 and 1", "1.5"]),
         (TypeError, {"dropout_rate": "0.1"}, ["dropout_rate", "'0.1'"]),
-        (ValueError, {"differentiation": "both"}, ["differentiation", "'both'", "'reverse'"]),
+        (TypeError, {"dropout_rate": 0.1, "dropout_key": 7}, ["dropout_key", "jax.random", "int"]),
+        (
+            TypeError,
+            {"dropout_rate": 0.1, "dropout_key": jnp.ones(2)},
+            ["dropout_key", "uint32", "float32"],
+        ),
+        (
+            ValueError,
+            {"dropout_rate": 0.1, "dropout_key": jax.random.split(KEY)},
+            ["dropout_key", "one key", "(2,)"],
+        ),
+        (
+            ValueError,
+            {"dropout_rate": 0.1, "dropout_key": jnp.ones(3, jnp.uint32)},
+            ["dropout_key", "(2,)", "(3,)"],
+        ),
     ],
     ids=str,
 )
-def test_features_without_a_kernel_are_refused_by_name(error, options, words):
+def test_features(error, options, words):
     _refuses(error, words, Q, K, K, **options)
+
+
+def test_bias_is_refused_by_name_when_lowered_for_cuda(monkeypatch):
+    """Lowering needs no GPU and not the extension itself, so the refusal is seen here too."""
+    monkeypatch.setitem(_native.modules, "CUDA", _native.modules["cpu"])
+    x = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.bfloat16)
+    run = jax.jit(lambda q, bias: flash_attention(q, q, q, bias=bias))
+    with pytest.raises(NotImplementedError, match="CUDA does not support bias"):
+        run.trace(x, bias).lower(lowering_platforms=("cuda",))
 
 
 def test_a_traced_scale_is_refused():

@@ -7,12 +7,14 @@
 #include <cuda_fp16.h>
 
 #include "cuda/plain/attention.h"
+#include "semantics/philox.h"
 
 namespace jax_flashattn::cuda::plain {
 namespace {
 
 constexpr int kWarps = 4;  // of a block
 constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocks = 4;  // resident: 128 registers a thread, so that nothing spills
 constexpr int kMostColumns = kMaxHeadDim / 32;  // of a head dim, per lane
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -67,9 +69,60 @@ __device__ int64_t statistic_index(const Sizes& n, const Place& at) {
   return ((at.b * n.g + at.g) * n.r + at.r) * n.sq + at.s;
 }
 
+// x times the dropout factor; 0 drops also what is not finite.
+__device__ float drop(float x, float kept) { return kept == 0.0f ? 0.0f : x * kept; }
+
+// What features need of one query row. Nothing here is fast: each score draws its own Philox call.
+struct RowFeatures {
+  const Features& f;
+  int32_t position;
+  KeyCoordinates keys;
+  int64_t head;  // of [b, g, r] arrays
+  float kept_scale;
+
+  template <class Params>
+  __device__ RowFeatures(const Params& p, const Place& at)
+      : f(p.features),
+        position(aligned_position(p.features, p.mask, p.n, at.b, static_cast<int32_t>(at.s))),
+        keys(key_coordinates(p.features, at.b)),
+        head((at.b * p.n.g + at.g) * p.n.r + at.r),
+        kept_scale(static_cast<float>(jax_flashattn::kept_scale(p.features))) {}
+
+  // S8, S9: the score of a scaled product with key j, and the derivative of the softcap.
+  __device__ float score(float s, int64_t j, float* steepness) const {
+    *steepness = 1.0f;
+    if (f.softcap > 0) {
+      const float x = s / float(f.softcap), half = expf(-fabsf(x)), whole = 1.0f + half * half;
+      *steepness = 4.0f * (half / whole) * (half / whole);  // 1 - tanh^2 would cancel
+      s = float(f.softcap) * tanhf(x);
+    }
+    if (f.slopes) s -= f.slopes[head] * float(key_distance(position, keys.at(j)));
+    return s;
+  }
+
+  // S12: what a probability of key j is multiplied with, 0 or the scale of what is kept.
+  __device__ float kept(int64_t j) const {
+    if (f.dropout == nullptr) return 1.0f;
+    const bool keep = keep_score(f.dropout + head * 4, static_cast<uint32_t>(position),
+                                 static_cast<uint32_t>(keys.at(j)), f.keep_threshold);
+    return keep ? kept_scale : 0.0f;
+  }
+
+  // S15: a sink joins the sum of weights exp(s - largest), and maybe raises the maximum. The result
+  // rescales what was summed before.
+  __device__ float add_sink(float* largest, float* total) const {
+    if (f.sinks == nullptr) return 1.0f;
+    const float sink = static_cast<const float*>(f.sinks)[head], before = *largest;
+    *largest = fmaxf(before, sink);
+    const float rescale = before > sink ? 1.0f : expf(before - *largest);
+    *total = *total * rescale + expf(sink - *largest);
+    return rescale;
+  }
+};
+
 // Grid: warps over all query rows, strided. No shared memory. Writes out and lse of each row.
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(ForwardParams p) {
   const Sizes n = p.n;
   const int lane = threadIdx.x % 32;
   const auto* q = static_cast<const T*>(p.q);
@@ -79,18 +132,22 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
   for (int64_t x = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; x < rows; x += warps) {
     const Place at = row_place(n, x);
     const Interval row = row_interval(p.mask, n, at.b, static_cast<int32_t>(at.s));
+    const RowFeatures features(p, at);
     float sum[kMostColumns] = {}, largest = -INFINITY, total = 0;
     for (int64_t j0 = row.lo; j0 < row.hi; j0 += 32) {
       const bool sees = j0 + lane < row.hi;
-      const float s =
-          sees ? float(p.scale) * dot(q + x * n.d, k + key_index(n, at, j0 + lane) * n.d, n.d)
-               : -INFINITY;
+      float s = -INFINITY, steepness;
+      if (sees)
+        s = features.score(
+            float(p.scale) * dot(q + x * n.d, k + key_index(n, at, j0 + lane) * n.d, n.d),
+            j0 + lane, &steepness);
       const float before = largest;
       largest = fmaxf(largest, warp_max(s));
       const float reference = largest == -INFINITY ? 0.0f : largest;
       const float correction = before == -INFINITY ? 0.0f : expf(before - reference);
-      const float weight = sees ? expf(s - reference) : 0.0f;
+      float weight = sees ? expf(s - reference) : 0.0f;
       total = total * correction + warp_sum(weight);
+      if (sees) weight = drop(weight, features.kept(j0 + lane));
 #pragma unroll
       for (int c = 0; c < kMostColumns; ++c) sum[c] *= correction;
       for (int l = 0; l < 32 && j0 + l < row.hi; ++l)
@@ -98,7 +155,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(ForwardParams p) {
                    n.dv, lane);
     }
     const bool nothing = empty(row);  // S11
-    write_vector(sum, nothing ? 0.0f : 1.0f / total, static_cast<T*>(p.out) + x * n.dv, n.dv, lane);
+    const float rescale = nothing ? 0.0f : features.add_sink(&largest, &total);
+    write_vector(sum, nothing ? 0.0f : rescale / total, static_cast<T*>(p.out) + x * n.dv, n.dv,
+                 lane);
     if (lane == 0)
       static_cast<float*>(p.lse)[statistic_index(n, at)] =
           nothing ? -INFINITY : largest + logf(total);
@@ -109,33 +168,38 @@ struct ScoreGradient {
   float p, ds;
 };
 
-// Probability of (row x, key y) and dS = P (dP - delta).
+// Probability of (row x, key j with index y), as it entered the output, and dS = P (dP - delta).
 template <class T>
-__device__ ScoreGradient score_gradient(const BackwardParams& p, int64_t x, int64_t y,
-                                        int64_t statistic) {
+__device__ ScoreGradient score_gradient(const BackwardParams& p, const RowFeatures& features,
+                                        int64_t x, int64_t j, int64_t y, int64_t statistic) {
   const Sizes& n = p.n;
-  const float s = float(p.scale) * dot(static_cast<const T*>(p.q) + x * n.d,
-                                       static_cast<const T*>(p.k) + y * n.d, n.d);
+  float steepness;
+  const float s = features.score(float(p.scale) * dot(static_cast<const T*>(p.q) + x * n.d,
+                                                      static_cast<const T*>(p.k) + y * n.d, n.d),
+                                 j, &steepness);
   const float dp =
       dot(static_cast<const T*>(p.dout) + x * n.dv, static_cast<const T*>(p.v) + y * n.dv, n.dv);
   const float probability = expf(s - static_cast<const float*>(p.lse)[statistic]);
-  return {probability, probability * (dp - static_cast<const float*>(p.delta)[statistic])};
+  const float delta = static_cast<const float*>(p.delta)[statistic], kept = features.kept(j);
+  return {drop(probability, kept), probability * (drop(dp, kept) - delta) * steepness};
 }
 
 // Grid: warps over all query rows, strided. No shared memory. Writes dq of each row.
 template <class T>
-__global__ void __launch_bounds__(kThreads) query_gradient_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) query_gradient_kernel(BackwardParams p) {
   const Sizes n = p.n;
   const int lane = threadIdx.x % 32;
   const int64_t rows = n.b * n.sq * n.g * n.r, warps = int64_t(gridDim.x) * kWarps;
   for (int64_t x = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; x < rows; x += warps) {
     const Place at = row_place(n, x);
     const Interval row = row_interval(p.mask, n, at.b, static_cast<int32_t>(at.s));
+    const RowFeatures features(p, at);
     float sum[kMostColumns] = {};
     for (int64_t j0 = row.lo; j0 < row.hi; j0 += 32) {
       ScoreGradient mine{0, 0};
       if (j0 + lane < row.hi)
-        mine = score_gradient<T>(p, x, key_index(n, at, j0 + lane), statistic_index(n, at));
+        mine = score_gradient<T>(p, features, x, j0 + lane, key_index(n, at, j0 + lane),
+                                 statistic_index(n, at));
       for (int l = 0; l < 32 && j0 + l < row.hi; ++l)
         add_vector(sum, __shfl_sync(kAllLanes, mine.ds, l),
                    static_cast<const T*>(p.k) + key_index(n, at, j0 + l) * n.d, n.d, lane);
@@ -147,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) query_gradient_kernel(BackwardParams
 // Grid: warps over all keys, strided. No shared memory. Writes dk and dv of each key, summed over
 // the query heads of its group.
 template <class T>
-__global__ void __launch_bounds__(kThreads) key_gradient_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) key_gradient_kernel(BackwardParams p) {
   const Sizes n = p.n;
   const int lane = threadIdx.x % 32;
   const int64_t keys = n.b * n.sk * n.g, warps = int64_t(gridDim.x) * kWarps;
@@ -162,7 +226,10 @@ __global__ void __launch_bounds__(kThreads) key_gradient_kernel(BackwardParams p
       for (int64_t r = 0; r < n.r; ++r) {
         const auto row = [&](int64_t i) { return ((b * n.sq + i) * n.g + g) * n.r + r; };
         ScoreGradient mine{0, 0};
-        if (sees) mine = score_gradient<T>(p, row(i), y, statistic_index(n, {b, i, g, r}));
+        if (sees) {
+          const Place at{b, i, g, r};
+          mine = score_gradient<T>(p, RowFeatures(p, at), row(i), j, y, statistic_index(n, at));
+        }
         for (int l = 0; l < 32; ++l) {
           if (!(seeing >> l & 1)) continue;
           add_vector(dk, __shfl_sync(kAllLanes, mine.ds, l),
