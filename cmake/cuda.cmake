@@ -75,26 +75,20 @@ endfunction()
 cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
             FLAGS -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
 
-# Hopper. The scout warp, which runs once per tile beside three or two large warpgroups, may spill:
-# it is left 32 to 40 registers, and its spills are off the critical path.
+# Hopper. What may spill, in bytes: the warps that feed the copy engine, which have 24 to 40 registers
+# and run ahead of the rest; and in the largest instances, those with dropout or of head dim 256,
+# addresses that are read once a block.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
 set(SPILLS_64 120)
+set(SPILLS_96 64)
+set(SPILLS_128 64)
+set(SPILLS_192 160)
+set(SPILLS_256 640)
 foreach(d 64 96 128 192 256)
-  if(NOT DEFINED SPILLS_${d})
-    set(SPILLS_${d} 32)
-  endif()
-  cuda_object(sm90_forward_${d} csrc/cuda/sm90/forward.cu SPILLS ${SPILLS_${d}}
-              FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
-endforeach()
-
-# The loading warp has 24 registers and spills a few bytes; at 256 so do addresses, read once a step.
-foreach(d 64 96 128 192 256)
-  set(spills 32)
-  if(d EQUAL 256)
-    set(spills 224)
-  endif()
-  cuda_object(sm90_backward_${d} csrc/cuda/sm90/backward.cu SPILLS ${spills}
-              FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
+  foreach(pass forward backward)
+    cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${SPILLS_${d}}
+                FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
+  endforeach()
 endforeach()
 
 pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc csrc/cuda/dispatch.cc

@@ -35,7 +35,7 @@ def _workspace(query, key, value) -> ShapeDtypeStruct:
     g = key.shape[2]
     rows = -(-sq // 128) * 128
     width = -(-max(d, value.shape[3]) // 64) * 64
-    floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 2 * rows + rows // 16 + 4
+    floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
     return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 

@@ -40,6 +40,12 @@ bool fits_sm90(const Sizes& n) {
          n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;
 }
 
+// Dropout counts keys from 0 there; elsewhere they may start anywhere.
+template <class Params>
+bool knows_features(const Params& p) {
+  return !p.features.bias.data && !(p.features.dropout && p.features.keys);
+}
+
 std::string sm90_forward(const ForwardParams& p, const sm90::Device& device, cudaStream_t stream) {
   const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
   if (d <= 64) return sm90::forward<64>(p, device, stream);
@@ -66,7 +72,7 @@ std::string forward(const ForwardParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
-  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && plain_features(p))
+  if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && knows_features(p))
     return sm90_forward(p, {index, facts.multiprocessors}, stream);
   return plain::forward(p, stream);
 }
@@ -77,7 +83,7 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
   if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 &&
-      plain_features(p))
+      knows_features(p))
     return sm90_backward(p, {index, facts.multiprocessors}, stream);
   return plain::backward(p, stream);
 }

@@ -75,6 +75,17 @@ static __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+static __device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+static __device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Four 8x8 matrices of 16-bit elements from an accumulator-shaped fragment to shared memory.
 static __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
   asm volatile(

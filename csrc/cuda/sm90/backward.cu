@@ -10,8 +10,9 @@ namespace jax_flashattn::cuda::sm90 {
 namespace {
 
 // Rows and keys of a tile.
-template <class T, int kD, bool kInTurn>
-using TunedBackward = BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, kInTurn>;
+template <class T, int kD, bool kInTurn, Extent kExtent>
+using TunedBackward =
+    BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, kInTurn, kExtent>;
 
 // The kernel of a shape and its shared memory.
 template <class S, bool kWide = (S::kD > 128)>
@@ -64,18 +65,31 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
                            S::kDeterministic && (p.mask.lo || p.mask.right != kUnbounded)};
   constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
-  std::string error =
-      launch_kernel("sm90 backward", Kernel<S>::kFunction, static_cast<int>(n.g * n.b * key_tiles),
-                    S::kThreads, kBytes, device, stream, maps, p, w, order);
+  std::string error = launch_kernel(
+      "sm90 backward", Kernel<S>::kFunction, static_cast<int>(n.g * n.b * key_tiles), S::kThreads,
+      kBytes, device, stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap));
   if (!error.empty()) return error;
   return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,
                        static_cast<int>(pieces), 128, 0, device, stream, p, w, tiles);
 }
 
+template <class T, bool kInTurn>
+std::string launch_extent(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  constexpr int kD = SM90_HEAD_DIM;
+  switch (extent(p)) {
+    case Extent::kPlain:
+      return launch<TunedBackward<T, kD, kInTurn, Extent::kPlain>>(p, device, stream);
+    case Extent::kScores:
+      return launch<TunedBackward<T, kD, kInTurn, Extent::kScores>>(p, device, stream);
+    default:
+      return launch<TunedBackward<T, kD, kInTurn, Extent::kDropout>>(p, device, stream);
+  }
+}
+
 template <class T>
 std::string launch_typed(const BackwardParams& p, const Device& device, cudaStream_t stream) {
-  if (p.deterministic) return launch<TunedBackward<T, SM90_HEAD_DIM, true>>(p, device, stream);
-  return launch<TunedBackward<T, SM90_HEAD_DIM, false>>(p, device, stream);
+  return p.deterministic ? launch_extent<T, true>(p, device, stream)
+                         : launch_extent<T, false>(p, device, stream);
 }
 
 }  // namespace

@@ -21,15 +21,18 @@ struct KeyRows {
 // A warpgroup of 64 keys. It makes one 64 x 64 piece of dQ: half of the columns, or of the rows.
 template <class S>
 __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
-                        const BackwardWorkspace& w, const KeyTileOrder::Place& at,
-                        BackwardSmem<S>& smem, int group) {
+                        const BackwardWorkspace& w, const ScoreShape& shape,
+                        const KeyTileOrder::Place& at, BackwardSmem<S>& smem, int group) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const float c = static_cast<float>(p.scale * 1.4426950408889634);
+  const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
+  KeyCoordinates keys{};
+  if constexpr (S::kShaped) keys = key_coordinates(p.features, at.b);
   const int key = at.key + 64 * group + thread / 32 * 16 + lane / 4;
   const int64_t heads = p.n.g * p.n.r;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   static_assert(S::kPieces == 2 && S::kKeys == 128);
+  constexpr bool kRoundEarly = S::kRows == 64 && !S::kShaped;  // where registers allow
   Ring<S::kStages> ring;
   KeyRows<S> t;
 #pragma unroll
@@ -86,16 +89,30 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::wgmma_fence();
       issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::descriptor(smem.dout[s]),
                              S::kRows);
+      uint32_t keep[S::kRows / 64];
+      if constexpr (S::kDropout)
+        kept(keep, smem.stream[s], p.features.keep_threshold, key, smem.limits[s][S::kLimits - 1]);
+      const auto stays = [&](int i) { return !S::kDropout || (keep[i / 32] >> i % 32 & 1); };
+      const auto round_probabilities = [&] {
+        round_elements<T>([&](int i) { return stays(i) ? t.score[i] : 0.0f; }, t.probability);
+      };
+      const Distances distances = distances_of<S>(smem, s, step, keys, key);
       ptx::wgmma_wait<1>();
       ptx::pin(t.score);
-      probabilities(t.score, c, smem.statistics[s][0]);
-      if (step.partial) hide(t.score, key, smem.limits[s]);
-      if constexpr (S::kRows == 64) round_fragment<T>(t.score, t.probability);
+      make_probabilities<S>(t.score, shape, distances, smem, s, step, key);
+      if constexpr (kRoundEarly) round_probabilities();
       ptx::wgmma_wait<0>();
       ptx::pin(t.dprobability);
+      const auto probability = [&](int i) { return t.score[i]; };
       score_gradients(
-          t.dprobability, [&](int i) { return t.score[i]; }, smem.statistics[s][1], step.partial);
-      if constexpr (S::kRows != 64) round_fragment<T>(t.score, t.probability);
+          t.dprobability, probability,
+          [&](int i, float x) { return !S::kDropout ? x
+                                       : stays(i)   ? x * rescale
+                                                    : 0.0f; },
+          smem.statistics[s][1], step.partial);
+      if constexpr (S::kShaped)
+        softcap_gradients(t.dprobability, probability, smem.statistics[s][0], shape, distances);
+      if constexpr (!kRoundEarly) round_probabilities();
       round_fragment<T>(t.dprobability, t.dscore);
       ptx::barrier_wait(&smem.dscore_empty[turn & 1], (turn >> 1 & 1) ^ 1);
       store_fragment<S::kKeys>(smem.dscore[turn & 1], 64 * group, t.dscore);
@@ -153,7 +170,10 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
   ptx::named_sync(kBoth, 256);  // nobody reads K any more
 
 #pragma unroll
-  for (int i = 0; i < S::kD / 2; ++i) t.dk[i] *= static_cast<float>(p.scale);
+  for (int i = 0; i < S::kD / 2; ++i) {
+    t.dk[i] *= static_cast<float>(p.scale);
+    if constexpr (S::kDropout) t.dv[i] *= rescale;
+  }
   uint32_t packed[S::kD / 16][4];
   round_fragment<T>(t.dk, packed);
   store_fragment<S::kKeys>(smem.key, 64 * group, packed);
@@ -172,7 +192,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
-                    const BackwardWorkspace w, const KeyTileOrder order) {
+                    const BackwardWorkspace w, const KeyTileOrder order, const ScoreShape shape) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<BackwardSmem<S>*>(raw);
   if (threadIdx.x == 0) {
@@ -187,7 +207,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<S>(maps, p, w, at, smem, warpgroup - 1);
+    consume<S>(maps, p, w, shape, at, smem, warpgroup - 1);
   }
 }
 

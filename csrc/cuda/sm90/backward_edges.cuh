@@ -36,9 +36,12 @@ __global__ void __launch_bounds__(kPrepareThreads)
   if (blockIdx.y != 0) return;
   __shared__ int4 shared[kRows / 32];
   if (mine) {
-    int* limits = w.limits + blockIdx.x * int64_t(2 * kRows) + thread;
+    int* limits = w.limits + blockIdx.x * int64_t(3 * kRows) + thread;
     limits[0] = v.lo;
     limits[kRows] = v.hi;
+    limits[2 * kRows] = row < p.n.sq || !p.features.position
+                            ? aligned_position(p.features, p.mask, p.n, b, row)
+                            : 0;
     const TileLimits x = add_row(no_rows(), v);
     const int4 all =
         make_int4(warp_min(x.min_lo), warp_max(x.max_hi), warp_max(x.max_lo), warp_min(x.min_hi));

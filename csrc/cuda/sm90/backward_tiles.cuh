@@ -12,15 +12,17 @@
 // Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
 #pragma once
 
-#include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/backward_workspace.h"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scores.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
-template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock, bool kInTurn>
+template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock, bool kInTurn, Extent kExtent>
 struct BackwardShape {
   using T = Element;
+  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
+  static constexpr bool kDropout = kExtent >= Extent::kDropout;
   static constexpr bool kDeterministic = kInTurn;  // blocks add to dQ in a fixed order
   static constexpr int kD = kHeadDim;
   static constexpr int kRows = kRowBlock;
@@ -31,6 +33,7 @@ struct BackwardShape {
   static constexpr int kThreads = 128 * 3;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
+  static constexpr int kLimits = kShaped ? 3 : 2;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
 };
 
@@ -42,6 +45,7 @@ struct Step {
   int head;             // of all query heads
   int partial, hidden;  // some row sees only some of the keys; some row sees nothing at all
   int before;           // how many blocks add to this tile of dQ before this one (deterministic)
+  float slope;          // of the head, in units of log2 (shaped)
 };
 constexpr int kNoMoreSteps = -1;
 
@@ -53,7 +57,8 @@ struct BackwardSmem {
   alignas(1024) typename S::T dout[S::kStages][S::kRows * S::kWidth];
   alignas(1024) typename S::T dscore[2][S::kKeys * S::kRows];
   alignas(16) float statistics[S::kStages][2][S::kRows];
-  alignas(16) int limits[S::kStages][2][S::kRows];
+  alignas(16) int limits[S::kStages][S::kLimits][S::kRows];  // lo, hi, aligned key coordinate
+  alignas(16) uint4 stream[S::kStages];                      // S12: of the head
   Step step[S::kStages];
   uint64_t key_full, value_full;
   uint64_t query_full[S::kStages], query_empty[S::kStages];
@@ -107,20 +112,25 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
     int before = 0;
     if constexpr (S::kDeterministic)
       before = order.before(w.ranges[first_tile + tile], at.key, S::kKeys);
-    smem.step[s] = {tile * S::kRows, head, partial, hidden, before};
-    constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4;
+    const int64_t heads = p.n.g * p.n.r, head_of_all = at.b * heads + head;
+    smem.step[s] = {tile * S::kRows, head, partial, hidden, before, 0};
+    if constexpr (S::kShaped) smem.step[s].slope = alibi_slope(p.features, head_of_all);
+    constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4,
+                  kLimitBytes = S::kLimits * S::kRows * 4;
     uint64_t* full = &smem.query_full[s];
-    ptx::barrier_expect(full, kTileBytes + kColumnBytes + (partial ? kColumnBytes : 0));
+    const bool limited = S::kShaped || partial;
+    ptx::barrier_expect(full, kTileBytes + kColumnBytes + (limited ? kLimitBytes : 0) +
+                                  (S::kDropout ? sizeof(uint4) : 0));
     for (int c = 0; c < S::kChunks; ++c)
       ptx::tma_load(smem.query[s] + c * S::kRows * kChunk, &maps.query, full, c * kChunk, head,
                     tile * S::kRows, at.b);
-    const int64_t heads = p.n.g * p.n.r;
-    ptx::bulk_load(smem.statistics[s],
-                   w.statistics + ((at.b * heads + head) * tiles + tile) * (2 * S::kRows),
+    ptx::bulk_load(smem.statistics[s], w.statistics + (head_of_all * tiles + tile) * (2 * S::kRows),
                    kColumnBytes, full);
-    if (partial)
-      ptx::bulk_load(smem.limits[s], w.limits + (first_tile + tile) * (2 * S::kRows), kColumnBytes,
+    if (limited)
+      ptx::bulk_load(smem.limits[s], w.limits + (first_tile + tile) * (3 * S::kRows), kLimitBytes,
                      full);
+    if constexpr (S::kDropout)
+      ptx::bulk_load(&smem.stream[s], p.features.dropout + head_of_all * 4, sizeof(uint4), full);
     ptx::barrier_wait(&smem.dout_empty[s], ring.parity() ^ 1);
     load_tile<S::kRows, S::kChunks>(smem.dout[s], &maps.dout, &smem.dout_full[s], head,
                                     tile * S::kRows, at.b);
@@ -148,7 +158,7 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
   if (leader) {
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
-    smem.step[s] = {kNoMoreSteps, 0, 0, 0, 0};
+    smem.step[s] = {kNoMoreSteps, 0, 0, 0, 0, 0};
     ptx::barrier_arrive(&smem.query_full[s]);
   }
 }
@@ -186,15 +196,20 @@ __device__ __forceinline__ void issue_update(float (&acc)[S::kD / 2],
   ptx::wgmma_commit();
 }
 
+// x(i) is element i.
+template <class T, int kGroups, class Element>
+__device__ __forceinline__ void round_elements(const Element& x, uint32_t (&packed)[kGroups][4]) {
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[k][i] = ptx::pack(x(8 * k + 2 * i), x(8 * k + 2 * i + 1), T());
+  }
+}
 template <class T, int kCount>
 __device__ __forceinline__ void round_fragment(const float (&x)[kCount],
                                                uint32_t (&packed)[kCount / 8][4]) {
-#pragma unroll
-  for (int k = 0; k < kCount / 8; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      packed[k][i] = ptx::pack(x[8 * k + 2 * i], x[8 * k + 2 * i + 1], T());
-  }
+  round_elements<T>([&](int i) { return x[i]; }, packed);
 }
 
 // A fragment of 64 rows to a tile of kTileRows rows, from row `first` on.
@@ -225,8 +240,7 @@ __device__ __forceinline__ void probabilities(float (&score)[kCount], float c, c
 }
 // 0 where the row does not see the key. `key` is this thread's first.
 template <int kCount>
-__device__ __forceinline__ void hide(float (&p)[kCount], int key,
-                                     const int (&limits)[2][2 * kCount]) {
+__device__ __forceinline__ void hide(float (&p)[kCount], int key, const int (*limits)[2 * kCount]) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
@@ -242,10 +256,12 @@ __device__ __forceinline__ void hide(float (&p)[kCount], int key,
 }
 
 // dS^T = P^T (dP^T - delta), in place of dP^T. In a partial tile, where P is 0 the difference may
-// be NaN (S13), so it is left out there. p(i) is P^T's element i.
-template <int kCount, class Probability>
+// be NaN (S13), so it is left out there. p(i) is P^T's element i, drop(i, dP) what dropout makes of
+// dP.
+template <int kCount, class Probability, class Drop>
 __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Probability& p,
-                                                const float* delta, bool partial) {
+                                                const Drop& drop, const float* delta,
+                                                bool partial) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
@@ -253,7 +269,7 @@ __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Proba
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& x = dp[4 * j + i];
-      x = p(4 * j + i) * (x - (i % 2 ? d.y : d.x));
+      x = p(4 * j + i) * (drop(4 * j + i, x) - (i % 2 ? d.y : d.x));
     }
   }
   if (partial) {
@@ -261,6 +277,31 @@ __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Proba
     for (int i = 0; i < kCount; ++i)
       if (p(i) == 0) dp[i] = 0;
   }
+}
+
+// What a step's ALiBi needs.
+template <class S>
+__device__ __forceinline__ Distances distances_of(const BackwardSmem<S>& smem, int stage,
+                                                  const Step& step, const KeyCoordinates& keys,
+                                                  int key) {
+  return {step.slope, static_cast<float>(static_cast<int>(keys.stride)), keys.at(key),
+          smem.limits[stage][S::kLimits - 1]};
+}
+
+// S^T to P^T, whole: shape, exponentials, mask.
+template <class S, int kCount>
+__device__ __forceinline__ void make_probabilities(float (&score)[kCount], const ScoreShape& shape,
+                                                   const Distances& distances,
+                                                   const BackwardSmem<S>& smem, int stage,
+                                                   const Step& step, int key) {
+  if constexpr (S::kShaped) {
+    shape_scores(score, shape);
+    take_distances(score, distances);
+    probabilities(score, 1.0f, smem.statistics[stage][0]);
+  } else {
+    probabilities(score, shape.factor, smem.statistics[stage][0]);
+  }
+  if (step.partial) hide(score, key, smem.limits[stage]);
 }
 
 // Adds this warpgroup's 64 x 64 piece of dQ to global memory, in accumulator order.

@@ -23,14 +23,17 @@ struct WideSmem : BackwardSmem<S> {
 
 template <class S, bool kScores>
 __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
-                             const BackwardWorkspace& w, const KeyTileOrder::Place& at,
-                             WideSmem<S>& smem) {
+                             const BackwardWorkspace& w, const ScoreShape& shape,
+                             const KeyTileOrder::Place& at, WideSmem<S>& smem) {
   using T = typename S::T;
   static_assert(S::kRows == 64 && S::kKeys == 64);
   constexpr int kGroup = kScores ? 0 : 1;
   constexpr bool kTwoPieces = kGroup + 2 < S::kChunks;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const float c = static_cast<float>(p.scale * 1.4426950408889634);
+  const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
+  const int key = at.key + thread / 32 * 16 + lane / 4;
+  KeyCoordinates key_coordinate{};
+  if constexpr (S::kShaped) key_coordinate = key_coordinates(p.features, at.b);
   const int64_t heads = p.n.g * p.n.r;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   Ring<S::kStages> ring;
@@ -88,9 +91,17 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       const int s = ring.index(), half = turn & 1, parity = turn >> 1 & 1;
       ptx::wgmma_wait<1>();
       ptx::pin(x);
+      const Distances distances = distances_of<S>(smem, s, step, key_coordinate, key);
       if constexpr (kScores) {
-        probabilities(x, c, smem.statistics[s][0]);
-        if (step.partial) hide(x, at.key + thread / 32 * 16 + lane / 4, smem.limits[s]);
+        make_probabilities<S>(x, shape, distances, smem, s, step, key);
+        if constexpr (S::kDropout) {  // what is dropped goes on with a minus
+          uint32_t keep[1];
+          kept(keep, smem.stream[s], p.features.keep_threshold, key,
+               smem.limits[s][S::kLimits - 1]);
+#pragma unroll
+          for (int i = 0; i < 32; ++i)
+            if (!(keep[0] >> i & 1)) x[i] = -x[i];
+        }
         round_fragment<T>(x, packed);
         ptx::barrier_wait(&smem.probability_empty[half], parity ^ 1);
 #pragma unroll
@@ -102,6 +113,8 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
           ptx::barrier_arrive(&smem.probability_full[half]);
           ptx::barrier_arrive(&smem.query_empty[s]);
         }
+        if constexpr (S::kDropout)
+          round_elements<T>([&](int i) { return fmaxf(x[i], 0.0f); }, packed);
       } else {
         if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
         ptx::barrier_wait(&smem.probability_full[half], parity);
@@ -109,9 +122,16 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
 #pragma unroll
         for (int k = 0; k < 4; ++k) probability[k] = smem.probability[half][k][thread];
         const auto* pairs = reinterpret_cast<const uint32_t*>(probability);
+        const auto sent = [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, T()); };
+        const auto sent_size = [&](int i) { return S::kDropout ? fabsf(sent(i)) : sent(i); };
         score_gradients(
-            x, [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, T()); }, smem.statistics[s][1],
-            step.partial);
+            x, sent_size,
+            [&](int i, float dp) {
+              return !S::kDropout ? dp : signbit(sent(i)) ? 0.0f : dp * rescale;
+            },
+            smem.statistics[s][1], step.partial);
+        if constexpr (S::kShaped)
+          softcap_gradients(x, sent_size, smem.statistics[s][0], shape, distances);
         __syncwarp();
         if (lane == 0) ptx::barrier_arrive(&smem.probability_empty[half]);
         round_fragment<T>(x, packed);
@@ -174,10 +194,9 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
 
-  if constexpr (!kScores) {
+  const float factor = kScores ? rescale : static_cast<float>(p.scale);
 #pragma unroll
-    for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= static_cast<float>(p.scale);
-  }
+  for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
   T* const staging = kScores ? smem.value : smem.key;
   uint32_t rounded[S::kD / 16][4];
   round_fragment<T>(gradient, rounded);
@@ -194,7 +213,8 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     backward_wide_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
-                         const BackwardWorkspace w, const KeyTileOrder order) {
+                         const BackwardWorkspace w, const KeyTileOrder order,
+                         const ScoreShape shape) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<WideSmem<S>*>(raw);
   if (threadIdx.x == 0) {
@@ -214,9 +234,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (warpgroup == 1)
-      consume_wide<S, true>(maps, p, w, at, smem);
+      consume_wide<S, true>(maps, p, w, shape, at, smem);
     else
-      consume_wide<S, false>(maps, p, w, at, smem);
+      consume_wide<S, false>(maps, p, w, shape, at, smem);
   }
 }
 

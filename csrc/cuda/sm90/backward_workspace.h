@@ -5,7 +5,7 @@
 //   turns       [b, h, tiles, pieces] int32: how many blocks have added to a piece (deterministic)
 //   key_range   [b] int4: INT32_MAX - first, and end, of the keys that any row sees
 //   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta
-//   limits      [b, tiles, 2, rows] int32: lo, hi
+//   limits      [b, tiles, 3, rows] int32: lo, hi, aligned key coordinate
 //   ranges      [b, tiles] int4: TileLimits
 #pragma once
 
@@ -23,7 +23,7 @@ inline int64_t padded_width(const Sizes& n) { return ((n.d > n.dv ? n.d : n.dv) 
 
 inline int64_t workspace_floats(const Sizes& n) {
   const int64_t rows = padded_rows(n);
-  return n.r * (rows * (padded_width(n) + 2) + rows / 16) + 2 * rows + rows / 16 + 4;
+  return n.r * (rows * (padded_width(n) + 2) + rows / 16) + 3 * rows + rows / 16 + 4;
 }
 
 struct BackwardWorkspace {
@@ -41,7 +41,7 @@ struct BackwardWorkspace {
     key_range = reinterpret_cast<int4*>(turns + heads * rows / 16);
     statistics = reinterpret_cast<float*>(key_range + n.b);
     limits = reinterpret_cast<int*>(statistics + heads * rows * 2);
-    ranges = reinterpret_cast<int4*>(limits + n.b * rows * 2);
+    ranges = reinterpret_cast<int4*>(limits + n.b * rows * 3);
   }
 };
 

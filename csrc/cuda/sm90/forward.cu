@@ -8,18 +8,20 @@ namespace jax_flashattn::cuda::sm90 {
 namespace {
 
 // Row groups, key block, query buffers, key stages: what fits 227 KB and the registers.
-template <class T, int kD>
+template <class T, int kD, Extent kExtent>
 struct Tuned;
+template <class T, Extent kExtent>
+struct Tuned<T, 64, kExtent> : ForwardShape<T, 64, 2, 128, 2, 4, kExtent> {};
 template <class T>
-struct Tuned<T, 64> : ForwardShape<T, 64, 3, 128, 2, 4> {};
-template <class T>
-struct Tuned<T, 96> : ForwardShape<T, 96, 2, 128, 2, 2> {};
-template <class T>
-struct Tuned<T, 128> : ForwardShape<T, 128, 2, 128, 2, 2> {};
-template <class T>
-struct Tuned<T, 192> : ForwardShape<T, 192, 2, 96, 1, 2> {};
-template <class T>
-struct Tuned<T, 256> : ForwardShape<T, 256, 2, 80, 1, 2> {};
+struct Tuned<T, 64, Extent::kPlain> : ForwardShape<T, 64, 3, 128, 2, 4, Extent::kPlain> {};
+template <class T, Extent kExtent>
+struct Tuned<T, 96, kExtent> : ForwardShape<T, 96, 2, 128, 2, 2, kExtent> {};
+template <class T, Extent kExtent>
+struct Tuned<T, 128, kExtent> : ForwardShape<T, 128, 2, 128, 2, 2, kExtent> {};
+template <class T, Extent kExtent>
+struct Tuned<T, 192, kExtent> : ForwardShape<T, 192, 2, 96, 1, 2, kExtent> {};
+template <class T, Extent kExtent>
+struct Tuned<T, 256, kExtent> : ForwardShape<T, 256, 2, 80, 1, 2, kExtent> {};
 
 // Heads that are worked on together. Where every row sees every key, the tiles of one head come one
 // after the other and share its keys and values. Where rows see less, tiles of all lengths must be
@@ -58,7 +60,19 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);
   return launch_kernel("sm90 forward", forward_kernel<S>, blocks, S::kThreads, kBytes, device,
-                       stream, maps, p, ScoreScale(p.scale), order);
+                       stream, maps, p, ScoreScale(p.scale, p.features.softcap, S::kShaped), order);
+}
+
+template <class T>
+std::string launch_typed(const ForwardParams& p, const Device& device, cudaStream_t stream) {
+  switch (extent(p)) {
+    case Extent::kPlain:
+      return launch<Tuned<T, SM90_HEAD_DIM, Extent::kPlain>>(p, device, stream);
+    case Extent::kScores:
+      return launch<Tuned<T, SM90_HEAD_DIM, Extent::kScores>>(p, device, stream);
+    default:
+      return launch<Tuned<T, SM90_HEAD_DIM, Extent::kDropout>>(p, device, stream);
+  }
 }
 
 }  // namespace
@@ -66,9 +80,8 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
 template <>
 std::string forward<SM90_HEAD_DIM>(const ForwardParams& p, const Device& device,
                                    cudaStream_t stream) {
-  if (p.dtype == DType::kBF16)
-    return launch<Tuned<__nv_bfloat16, SM90_HEAD_DIM>>(p, device, stream);
-  return launch<Tuned<__half, SM90_HEAD_DIM>>(p, device, stream);
+  return p.dtype == DType::kBF16 ? launch_typed<__nv_bfloat16>(p, device, stream)
+                                 : launch_typed<__half>(p, device, stream);
 }
 
 }  // namespace jax_flashattn::cuda::sm90

@@ -16,14 +16,17 @@
 
 #include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scores.cuh"
 #include "semantics/params.h"
 
 namespace jax_flashattn::cuda::sm90 {
 
 template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQueryBuffers,
-          int kKeyStages>
+          int kKeyStages, Extent kExtent>
 struct ForwardShape {
   using T = Element;
+  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
+  static constexpr bool kDropout = kExtent >= Extent::kDropout;
   static constexpr int kD = kHeadDim;
   static constexpr int kGroups = kRowGroups;
   static constexpr int kRows = 64 * kGroups;
@@ -58,19 +61,24 @@ struct ForwardSmem {
   alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
   TileInfo info[S::kQueries];
   int lo[S::kQueries][S::kRows], hi[S::kQueries][S::kRows];
+  int position[S::kQueries][S::kShaped ? S::kRows : 1];  // S9, S12
   uint64_t query_full[S::kQueries], query_empty[S::kQueries], info_full[S::kQueries];
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
 };
 
 // Scores enter exp2 as exponent * (sign * s), exponent > 0. A scale of 0 is sign 0: the sign is
-// applied to scores at once, before the mask, so that -inf stays -inf.
+// applied to scores at once, before the mask, so that -inf stays -inf. Shaped scores come in units
+// of log2 already.
 struct ScoreScale {
   float sign, exponent;
-  explicit ScoreScale(double scale)
-      : sign(scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
-        exponent(static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
-                                    1.4426950408889634)) {}
+  ScoreShape shape;
+  ScoreScale(double scale, double softcap, bool shaped)
+      : sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
+        exponent(shaped ? 1.0f
+                        : static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
+                                             1.4426950408889634)),
+        shape(scale, softcap) {}
 };
 
 struct ForwardMaps {
@@ -94,7 +102,7 @@ struct TileOrder {
 // Limits of a tile's rows and their ranges, to shared memory.
 template <class S>
 __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const TilePlace& at,
-                                                int* lo, int* hi, TileInfo* to) {
+                                                int* lo, int* hi, int* position, TileInfo* to) {
   const int lane = threadIdx.x % 32;
   int first = INT32_MAX, end = 0;
 #pragma unroll 1
@@ -114,6 +122,8 @@ __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const Ti
       }
       lo[row] = v.lo;
       hi[row] = v.hi;
+      if (S::kShaped && at.row + row < p.n.sq)
+        position[row] = aligned_position(p.features, p.mask, p.n, at.b, at.row + row);
     }
     min_lo = warp_min(min_lo);
     max_hi = warp_max(max_hi);
@@ -128,6 +138,7 @@ __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const Ti
       to->min_hi[w] = min_hi;
     }
   }
+  if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
   if (lane == 0) {
     to->at = at;
     to->first_key = first;
@@ -145,7 +156,8 @@ __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& s
     ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
     const bool more = tile < order.count();
     if (more)
-      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], &smem.info[i]);
+      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], smem.position[i],
+                         &smem.info[i]);
     else if (leader)
       smem.info[i].blocks = kNoMoreTiles;
     __syncwarp();
@@ -196,6 +208,11 @@ struct Rows {
   uint32_t probability[S::kKeys / 16][4];
   float largest[2], sum[2];
   int lo[2], hi[2];
+  // Where shaped: the aligned key coordinates; where there is dropout: the head's random stream.
+  int position[2];
+  float slope;
+  KeyCoordinates keys;
+  uint4 stream;
 };
 
 // S = Q K^T, issued but not waited for.
@@ -235,6 +252,59 @@ __device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
       for (int e = 0; e < 2; ++e) {
         const int c = 8 * j + e;
         if (c < lo || c >= hi) rows.score[4 * j + 2 * h + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// S8, S9. `key` is the first of the block.
+template <class S>
+__device__ __forceinline__ void shape_rows(Rows<S>& rows, const ScoreShape& shape, int key) {
+  shape_scores(rows.score, shape);
+  if (rows.slope == 0) return;
+  const float stride = static_cast<float>(static_cast<int>(rows.keys.stride));
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int first = rows.keys.at(key + threadIdx.x % 4 * 2);
+    const float distance = static_cast<float>(rows.position[h] - first);
+#pragma unroll
+    for (int j = 0; j < S::kKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        rows.score[4 * j + 2 * h + e] -= rows.slope * fabsf(distance - stride * (8 * j + e));
+    }
+  }
+}
+
+// S12: drops probabilities; what stays is scaled with the output. Of a 16 x 16 square a thread
+// holds what one Philox call serves, if its two rows lie eight apart in one square; else it takes
+// two.
+template <class S>
+__device__ __forceinline__ void drop(Rows<S>& rows, uint32_t threshold, int key) {
+  const uint32_t i0 = rows.position[0], i1 = rows.position[1];
+  const bool paired = __all_sync(0xffffffffu, i0 % 16 < 8 && i1 == i0 + 8);
+  const DropoutRow row0 = dropout_row(i0), row1 = dropout_row(i1);
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+    const uint32_t column = dropout_column(key + threadIdx.x % 4 * 2).counter + 4 * k;
+    uint32_t bits[2][2];  // [row][eight columns]
+    const RandomWords x = random_words(rows.stream, row0.counter, column);
+    bits[0][0] = row0.word ? x.x[2] : x.x[0];
+    bits[0][1] = row0.word ? x.x[3] : x.x[1];
+    bits[1][0] = x.x[2];
+    bits[1][1] = x.x[3];
+    if (!paired) {
+      const RandomWords y = random_words(rows.stream, row1.counter, column);
+      bits[1][0] = row1.word ? y.x[2] : y.x[0];
+      bits[1][1] = row1.word ? y.x[3] : y.x[1];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* p = rows.score + 8 * k + 4 * half + 2 * h;
+        if ((bits[h][half] & 0xffff) >= threshold) p[0] = 0;
+        if ((bits[h][half] >> 16) >= threshold) p[1] = 0;
       }
     }
   }
@@ -337,13 +407,24 @@ __device__ __forceinline__ void write_output(const ForwardMaps& maps, const Forw
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const bool nothing = rows.lo[h] >= rows.hi[h];  // S11
-    inverse[h] = nothing ? 0.0f : 1.0f / sum;
+    float largest = rows.largest[h] * scale_ln;
+    inverse[h] = 1.0f;
+    if (p.features.sinks) {  // S15: joins the denominator
+      const float sink = static_cast<const float*>(
+          p.features.sinks)[int64_t(info.at.b) * p.n.g * p.n.r + info.at.head];
+      const float joint = fmaxf(largest, sink);
+      inverse[h] = __expf(largest - joint);
+      sum = sum * inverse[h] + __expf(sink - joint);
+      largest = joint;
+    }
+    inverse[h] = nothing ? 0.0f : inverse[h] / sum;
+    if constexpr (S::kDropout) inverse[h] *= static_cast<float>(kept_scale(p.features));
     const int row = info.at.row + 64 * group + 16 * warp + lane / 4 + 8 * h;
     if (lane % 4 == 0 && row < p.n.sq)
       static_cast<float*>(
           p.lse)[(int64_t(info.at.b) * p.n.g * p.n.r + info.at.head) * p.n.sq + row] =
-          nothing ? -INFINITY : rows.largest[h] * scale_ln + logf(sum);  // S10
-    if (nothing) {                                                       // not 0 * NaN
+          nothing ? -INFINITY : largest + logf(sum);  // S10
+    if (nothing) {                                    // not 0 * NaN
 #pragma unroll
       for (int j = 0; j < S::kD / 8; ++j) rows.out[4 * j + 2 * h] = rows.out[4 * j + 2 * h + 1] = 0;
     }
@@ -411,7 +492,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       rows.hi[h] = smem.hi[query.index()][row];
       rows.largest[h] = -INFINITY;
       rows.sum[h] = 0;
+      if constexpr (S::kShaped) rows.position[h] = smem.position[query.index()][row];
     }
+    const int64_t head = int64_t(info.at.b) * p.n.g * p.n.r + info.at.head;
+    if constexpr (S::kShaped) {
+      rows.slope = alibi_slope(p.features, head);
+      rows.keys = key_coordinates(p.features, info.at.b);
+    }
+    if constexpr (S::kDropout) rows.stream = dropout_stream(p.features, head);
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
@@ -451,6 +539,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     };
     const auto mask = [&](int block) {
       const int first = first_key + block * S::kKeys;
+      if constexpr (S::kShaped) shape_rows<S>(rows, scale.shape, first);
       if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
       if (first < full_from || first > full_to) apply_mask<S>(rows, first);
     };
@@ -465,6 +554,12 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       scale_output<S>(rows, correction);
       round_probabilities<S>(rows);
     };
+    const auto exponentials = [&](int block, float(&correction)[2]) {
+      mask(block);
+      softmax<S>(rows, scale.exponent, correction);
+      if constexpr (S::kDropout)
+        drop<S>(rows, p.features.keep_threshold, first_key + block * S::kKeys);
+    };
 
     skip(begin);
     if (begin < end) {
@@ -474,8 +569,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       ptx::wgmma_wait<0>();
       ptx::pin(rows.score);
       release_key();
-      mask(begin);
-      softmax<S>(rows, scale.exponent, correction);
+      exponentials(begin, correction);
       for (int n = begin + 1; n < end; ++n) {
         finish_output(n > begin + 1, correction);
         scores();
@@ -483,8 +577,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         ptx::wgmma_wait<1>();
         ptx::pin(rows.score);
         release_key();
-        mask(n);
-        softmax<S>(rows, scale.exponent, correction);
+        exponentials(n, correction);
       }
       finish_output(end > begin + 1, correction);
       outputs(end - 1);
