@@ -12,9 +12,13 @@ def main() -> None:
     overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
     overhead.add_argument("--seconds", type=float, default=3.0)
     commands.add_parser("memory", help="peak memory at S = 65,536")
-    gpu = commands.add_parser("gpu", help="forward kernel time against cuDNN (needs a GPU)")
-    gpu.add_argument("--rounds", type=int, default=3)
-    gpu.add_argument("--iterations", type=int, default=8)
+    for name, purpose in (
+        ("gpu", "kernel time of both passes against cuDNN"),
+        ("gpu-features", "what options, packs, windows and groups of heads cost"),
+    ):
+        gpu = commands.add_parser(name, help=f"{purpose} (needs a GPU)")
+        gpu.add_argument("--rounds", type=int, default=3)
+        gpu.add_argument("--iterations", type=int, default=8)
     commands.add_parser("table", help="write README's CPU table from the results")
     arguments = parser.parse_args()
 
@@ -23,10 +27,11 @@ def main() -> None:
 
         table.write()
         return
-    if arguments.command == "gpu":
+    if arguments.command.startswith("gpu"):
         from benchmarks import gpu
 
-        gpu.dense(arguments.rounds, arguments.iterations)
+        run = gpu.dense if arguments.command == "gpu" else gpu.features
+        run(arguments.rounds, arguments.iterations)
         return
     from benchmarks import cpu
 

@@ -1,9 +1,11 @@
-"""GPU kernel time of dense attention against cuDNN, measured by CUPTI in one process."""
+"""GPU kernel time of attention by CUPTI, with cuDNN in the same process where it has the option."""
 
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks import record
@@ -12,54 +14,159 @@ from jax_flashattn import flash_attention
 TOKENS, WIDTH = 16384, 2048  # batch * sequence, heads * head_dim
 HEAD_DIMS = (64, 128, 256)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+FORWARD_KERNELS = ("forward_kernel", "fprop")  # in the names of ours and cuDNN's
 
 
-def _milliseconds(function, arguments, iterations: int) -> float:
-    """Median kernel time of one call, everything it launches included."""
-    times = profiler.measure(function, iterations=iterations)(*arguments)[1]
-    return statistics.median(times if isinstance(times, list) else [times])
+def _milliseconds(function: Callable, arguments, iterations: int, backward: bool) -> float:
+    """Median kernel time of a call: all it launches, but of a gradient not the forward pass."""
+    found = profiler.measure(function, iterations=iterations, aggregate=False)(*arguments)[1]
+    calls = found if iterations > 1 else [found]
+    skipped = FORWARD_KERNELS if backward else ()
+    return statistics.median(
+        sum(ms for name, ms in kernels if not any(s in name for s in skipped)) for kernels in calls
+    )
 
 
-def _functions(causal: bool):
-    def ours(q, k, v):
-        return flash_attention(q, k, v, causal=causal)
+def _gradient(attention: Callable) -> Callable:
+    return lambda q, k, v, dout: jax.vjp(attention, q, k, v)[1](dout)
 
-    def cudnn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
-    return {"ours": ours, "cudnn": cudnn}
+def _measure(functions: dict[str, Callable], arrays, mode: str, rounds: int, iterations: int):
+    """Milliseconds of each function, in turns."""
+    backward = mode == "backward"
+    programs = {n: jax.jit(_gradient(f) if backward else f) for n, f in functions.items()}
+    arguments = arrays if backward else arrays[:3]
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            samples[name].append(_milliseconds(program, arguments, iterations, backward))
+    return {name: statistics.median(x) for name, x in samples.items()}
+
+
+def _arrays(b: int, s: int, hq: int, hk: int, d: int):
+    shapes = ((b, s, hq, d), (b, s, hk, d), (b, s, hk, d), (b, s, hq, d))
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, x, jnp.bfloat16) for key, x in zip(keys, shapes)]
+
+
+def _ours(**options) -> Callable:
+    return lambda q, k, v: flash_attention(q, k, v, **options)
+
+
+def _cudnn(causal: bool) -> Callable:
+    return lambda q, k, v: jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, implementation="cudnn"
+    )
+
+
+def _flop(scores: float, d: int, mode: str) -> float:
+    return scores * d * (10 if mode == "backward" else 4)
 
 
 def dense(rounds: int, iterations: int) -> None:
-    """Forward over the grid of figures: prints a line per cell, writes results/gpu_forward.json."""
+    """The grid of lengths, head dims and masks, both passes: results/gpu_dense.json."""
     rows = []
     for d in HEAD_DIMS:
         for s in LENGTHS:
-            shape = (TOKENS // s, s, WIDTH // d, d)
-            q, k, v = (
-                jax.random.normal(x, shape, jnp.bfloat16)
-                for x in jax.random.split(jax.random.key(0), 3)
-            )
+            b, h = TOKENS // s, WIDTH // d
+            arrays = _arrays(b, s, h, h, d)
             for causal in (False, True):
-                flop = 4 * TOKENS * s * WIDTH * (0.5 if causal else 1)
-                peers = {name: jax.jit(f) for name, f in _functions(causal).items()}
-                samples = {name: [] for name in peers}
-                for _ in range(rounds):
-                    for name, f in peers.items():
-                        samples[name].append(_milliseconds(f, (q, k, v), iterations))
-                times = {name: statistics.median(x) for name, x in samples.items()}
-                rows.append(
-                    {
-                        "d": d,
-                        "s": s,
-                        "causal": causal,
-                        "mode": "forward",
-                        "dtype": "bfloat16",
-                        "tflops": {n: round(flop / t / 1e9, 1) for n, t in times.items()},
-                        "vs cudnn": round(times["cudnn"] / times["ours"], 3),
-                    }
-                )
-                print(rows[-1], flush=True)
-    ratios = [row["vs cudnn"] for row in rows]
-    print(f"vs cudnn: median x{statistics.median(ratios):.3f}, worst x{min(ratios):.3f}")
-    print("written", record.write("gpu_forward", rows))
+                functions = {"ours": _ours(causal=causal), "cudnn": _cudnn(causal)}
+                for mode in ("forward", "backward"):
+                    flop = _flop(b * h * s * s * (0.5 if causal else 1), d, mode)
+                    times = _measure(functions, arrays, mode, rounds, iterations)
+                    rows.append(
+                        {
+                            "d": d,
+                            "s": s,
+                            "causal": causal,
+                            "mode": mode,
+                            "dtype": "bfloat16",
+                            "tflops": {n: round(flop / t / 1e9, 1) for n, t in times.items()},
+                            "vs cudnn": round(times["cudnn"] / times["ours"], 3),
+                        }
+                    )
+                    print(rows[-1], flush=True)
+    for mode in ("forward", "backward"):
+        ratios = [row["vs cudnn"] for row in rows if row["mode"] == mode]
+        print(f"{mode} vs cudnn: median x{statistics.median(ratios):.3f}, worst x{min(ratios):.3f}")
+    print("written", record.write("gpu_dense", rows))
+
+
+def documents(tokens: int = 32768) -> list[int]:
+    """Lengths of a pack: lognormal with median 900, the last cut off."""
+    rng = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        length = int(min(rng.lognormal(np.log(900), 0.6), 3930))
+        lengths.append(min(length, tokens - sum(lengths)))
+    return lengths
+
+
+def features(rounds: int, iterations: int) -> None:
+    """What each option costs against plain causal attention: results/gpu_features.json."""
+    d, s, h = 128, 4096, 16
+    arrays = _arrays(TOKENS // s, s, h, h, d)
+    slopes = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
+    sinks = jnp.zeros(h)
+    key = jax.random.key(0)
+    functions = {
+        "causal": _ours(causal=True),
+        "softcap": _ours(causal=True, softcap=30.0),
+        "alibi": _ours(causal=True, alibi_slopes=slopes),
+        "sinks": _ours(causal=True, sinks=sinks),
+        "dropout": _ours(causal=True, dropout_rate=0.1, dropout_key=key),
+        "deterministic": _ours(causal=True, deterministic=True),
+    }
+    rows = []
+    for mode in ("forward", "backward"):
+        times = _measure(functions, arrays, mode, rounds, iterations)
+        costs = {n: round(t / times["causal"], 3) for n, t in times.items()}
+        rows.append({"d": d, "s": s, "mode": mode, "ms": times, "cost": costs})
+        print(mode, costs, flush=True)
+    for mode in ("forward", "backward"):
+        rows += [_packed(mode, rounds, iterations), _window(mode, rounds, iterations)]
+        rows.append(_grouped(mode, rounds, iterations))
+    print("written", record.write("gpu_features", rows))
+
+
+def _packed(mode: str, rounds: int, iterations: int) -> dict:
+    lengths = documents()
+    ids = jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
+    arrays = _arrays(1, sum(lengths), 16, 16, 128)
+    flop = _flop(16 * sum(n * n for n in lengths) / 2, 128, mode)
+    times = _measure(
+        {"ours": _ours(causal=True, segment_ids=ids)}, arrays, mode, rounds, iterations
+    )
+    row = {"case": f"{len(lengths)} documents", "mode": mode, "tflops": flop / times["ours"] / 1e9}
+    print(row, flush=True)
+    return row
+
+
+def _window(mode: str, rounds: int, iterations: int) -> dict:
+    s, w = 16384, 1024
+    functions = {
+        "causal": _ours(causal=True),
+        "window": _ours(causal=True, window=(w - 1, 0)),
+    }
+    times = _measure(functions, _arrays(1, s, 16, 16, 128), mode, rounds, iterations)
+    share = (s * w - w * (w - 1) / 2) / (s * (s + 1) / 2)
+    row = {
+        "case": f"window {w} of {s}",
+        "mode": mode,
+        "ms": times,
+        "vs ideal share": times["window"] / times["causal"] / share,
+    }
+    print(row, flush=True)
+    return row
+
+
+def _grouped(mode: str, rounds: int, iterations: int) -> dict:
+    s, hq, hk = 4096, 32, 8
+    q, k, v, dout = _arrays(4, s, hq, hq, 128)
+    few = [q, k[:, :, :hk], v[:, :, :hk], dout]
+    times = _measure({"32": _ours(causal=True)}, [q, k, v, dout], mode, rounds, iterations)
+    times |= _measure({"32/8": _ours(causal=True)}, few, mode, rounds, iterations)
+    row = {"case": "key heads", "mode": mode, "ms": times, "cost": times["32/8"] / times["32"]}
+    print(row, flush=True)
+    return row

@@ -32,10 +32,13 @@ def _scratch(platform: str, target: str, query, key, value) -> dict[str, ShapeDt
 def _workspace(query, key, value) -> ShapeDtypeStruct:
     """Of the CUDA backward, cut up in csrc/cuda/sm90/backward_workspace.h."""
     b, sq, hq, d = query.shape
-    g = key.shape[2]
-    rows = -(-sq // 128) * 128
+    _, sk, g, _ = key.shape
     width = -(-max(d, value.shape[3]) // 64) * 64
+    tile = 128 if width == 64 else 64
+    rows = -(-sq // tile) * tile
     floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
+    if sq <= 32 and sk <= 1024:  # the plain kernels take those
+        floats = 0
     return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 

@@ -4,6 +4,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/plain/attention.h"
+#include "cuda/sm90/backward_workspace.h"
 #include "cuda/sm90/launch.h"
 
 namespace jax_flashattn::cuda {
@@ -83,7 +84,7 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
   if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 &&
-      knows_features(p))
+      sm90::worth_tiles(p.n) && knows_features(p))
     return sm90_backward(p, {index, facts.multiprocessors}, stream);
   return plain::backward(p, stream);
 }

@@ -13,15 +13,18 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-constexpr int kRowPadding = 128;  // rows of a tile divide it
-
-inline int64_t padded_rows(const Sizes& n) {
-  return (n.sq + kRowPadding - 1) / kRowPadding * kRowPadding;
-}
 // Columns of dq in whole chunks.
 inline int64_t padded_width(const Sizes& n) { return ((n.d > n.dv ? n.d : n.dv) + 63) / 64 * 64; }
+// Rows of dq in whole tiles.
+inline int64_t padded_rows(const Sizes& n) {
+  const int64_t tile = padded_width(n) == 64 ? 128 : 64;
+  return (n.sq + tile - 1) / tile * tile;
+}
+// A few rows would be padded to many times their size; the plain kernels take those.
+inline bool worth_tiles(const Sizes& n) { return n.sq > 32 || n.sk > 1024; }
 
 inline int64_t workspace_floats(const Sizes& n) {
+  if (!worth_tiles(n)) return 0;
   const int64_t rows = padded_rows(n);
   return n.r * (rows * (padded_width(n) + 2) + rows / 16) + 3 * rows + rows / 16 + 4;
 }

@@ -260,18 +260,24 @@ __device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
 // S8, S9. `key` is the first of the block.
 template <class S>
 __device__ __forceinline__ void shape_rows(Rows<S>& rows, const ScoreShape& shape, int key) {
-  shape_scores(rows.score, shape);
-  if (rows.slope == 0) return;
-  const float stride = static_cast<float>(static_cast<int>(rows.keys.stride));
+  if (rows.slope == 0) return shape_scores(rows.score, shape);
+  const bool capped = shape.cap != 0;
+  if (capped) shape_scores(rows.score, shape);
+  // The sum of slope * distance runs on in slope * stride; a slope below 0 changes the sign of
+  // both.
+  const float sign = rows.slope < 0 ? 1.0f : -1.0f, factor = capped ? 1.0f : shape.factor;
+  const float step = rows.slope * static_cast<float>(static_cast<int>(rows.keys.stride));
+  const int first = rows.keys.at(key + threadIdx.x % 4 * 2);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int first = rows.keys.at(key + threadIdx.x % 4 * 2);
-    const float distance = static_cast<float>(rows.position[h] - first);
+    const float taken = rows.slope * static_cast<float>(rows.position[h] - first);
 #pragma unroll
     for (int j = 0; j < S::kKeys / 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        rows.score[4 * j + 2 * h + e] -= rows.slope * fabsf(distance - stride * (8 * j + e));
+      for (int e = 0; e < 2; ++e) {
+        float& x = rows.score[4 * j + 2 * h + e];
+        x = x * factor + sign * fabsf(taken - step * (8 * j + e));
+      }
     }
   }
 }
