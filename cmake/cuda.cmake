@@ -79,9 +79,9 @@ cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
 # and run ahead of the rest; and in the largest instances, those with dropout or of head dim 256,
 # addresses that are read once a block.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
-set(SPILLS_64 120)
-set(SPILLS_96 64)
-set(SPILLS_128 64)
+set(SPILLS_64 256)
+set(SPILLS_96 144)
+set(SPILLS_128 144)
 set(SPILLS_192 160)
 set(SPILLS_256 640)
 foreach(d 64 96 128 192 256)

@@ -66,21 +66,19 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(key_columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  Turns<S> turns;
-  const auto finish_dq = [&](int turn, const QueryTile& tile) {
+  int turns = 0;
+  const auto finish_dq = [&](int turn, int64_t tile) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
-    const int64_t piece = tile.index * 2 + group;
-    turns.take(w.turns + piece, tile.before, group);
-    add_piece(w.dq + piece * (64 * 64), t.dq);
+    add_piece<S>(w, tile * 2 + group, t.dq, smem, group, turns);
   };
   const auto tile_of = [&](const Step& step) {
-    return QueryTile{(at.b * heads + step.head) * tiles + step.row / S::kRows, step.before};
+    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
   };
 
   Step step = wait_for_step<S>(smem, ring, group);
   if (step.row != kNoMoreSteps) {
     issue_scores();
-    QueryTile tile = tile_of(step), previous{};
+    int64_t tile = tile_of(step), previous = 0;
     int turn = 0;
     for (;; ++turn) {
       const int s = ring.index();
@@ -165,7 +163,6 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
     ptx::wgmma_wait<0>();
     ptx::pin(t.dq);
     finish_dq(turn, tile);
-    turns.finish(group);
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K any more
 
@@ -205,6 +202,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
+    if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
+      keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, w, shape, at, smem, warpgroup - 1);

@@ -9,6 +9,7 @@
 //   query_full/query_empty     Q, statistics, limits and the Step
 //   dout_full/dout_empty       dO
 //   dscore_full/dscore_empty   dS^T of one step
+//   turn_open/turn_over        one piece of dQ of one warpgroup (deterministic)
 // Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
 #pragma once
 
@@ -64,6 +65,7 @@ struct BackwardSmem {
   uint64_t query_full[S::kStages], query_empty[S::kStages];
   uint64_t dout_full[S::kStages], dout_empty[S::kStages];
   uint64_t dscore_full[2], dscore_empty[2];
+  uint64_t turn_open[2], turn_over[2];  // of each warpgroup (deterministic)
 };
 
 struct BackwardMaps {
@@ -136,23 +138,44 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
                                     tile * S::kRows, at.b);
     ring.next();
   };
+  // Few of many tiles may see these keys, so the search must not wait for memory at every turn:
+  // four times 32 tiles are looked up at once.
+  const int4* const ranges = w.ranges + first_tile;
+  const auto sees = [&](int tile) {
+    if (tile >= tiles) return false;
+    const int2 rows = *reinterpret_cast<const int2*>(ranges + tile);  // min_lo, max_hi
+    return rows.x < at.key + S::kKeys && at.key < rows.y;
+  };
   for (int r = 0; r < group; ++r) {
-    for (int base = 0; base < tiles; base += 32) {
-      TileLimits limits = no_rows();
-      if (base + lane < tiles) {
-        const int4 x = w.ranges[first_tile + base + lane];
-        limits = {x.x, x.y, x.z, x.w};
-      }
-      const TileClass seen = classify(limits, at.key, at.key + S::kKeys);
-      unsigned some = __ballot_sync(0xffffffffu, seen != TileClass::kSkip);
-      const unsigned partial = __ballot_sync(0xffffffffu, seen == TileClass::kPartial);
-      const unsigned hidden = __ballot_sync(0xffffffffu, limits.min_hi == 0);
-      if (leader)
-        for (; some; some &= some - 1) {
-          const int t = __ffs(some) - 1;
-          load_step(base + t, at.head * group + r, partial >> t & 1, hidden >> t & 1);
+    for (int base = 0; base < tiles; base += 128) {
+      const bool found[4] = {sees(base + lane), sees(base + 32 + lane), sees(base + 64 + lane),
+                             sees(base + 96 + lane)};
+      unsigned some[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) some[c] = __ballot_sync(0xffffffffu, found[c]);
+#pragma unroll 1
+      for (int first = base; some[0] | some[1] | some[2] | some[3]; first += 32) {
+        if (some[0]) {
+          TileLimits limits = no_rows();
+          if (first + lane < tiles) {
+            const int4 x = ranges[first + lane];
+            limits = {x.x, x.y, x.z, x.w};
+          }
+          const TileClass seen = classify(limits, at.key, at.key + S::kKeys);
+          const unsigned partial = __ballot_sync(0xffffffffu, seen == TileClass::kPartial);
+          const unsigned hidden = __ballot_sync(0xffffffffu, limits.min_hi == 0);
+          if (leader)
+            for (unsigned left = some[0]; left; left &= left - 1) {
+              const int t = __ffs(left) - 1;
+              load_step(first + t, at.head * group + r, partial >> t & 1, hidden >> t & 1);
+            }
+          __syncwarp();
         }
-      __syncwarp();
+        some[0] = some[1];
+        some[1] = some[2];
+        some[2] = some[3];
+        some[3] = 0;
+      }
     }
   }
   if (leader) {
@@ -304,45 +327,51 @@ __device__ __forceinline__ void make_probabilities(float (&score)[kCount], const
   if (step.partial) hide(score, key, smem.limits[stage]);
 }
 
-// Adds this warpgroup's 64 x 64 piece of dQ to global memory, in accumulator order.
-__device__ __forceinline__ void add_piece(float* dq, const float (&x)[32]) {
-  dq += threadIdx.x % 128 * 4;
+// Adds a 64 x 64 piece of dQ to global memory, in accumulator order. `turns` counts a warpgroup's.
+template <class S>
+__device__ __forceinline__ void add_piece(const BackwardWorkspace& w, int64_t piece,
+                                          const float (&x)[32], BackwardSmem<S>& smem, int group,
+                                          int& turns) {
+  if constexpr (S::kDeterministic) ptx::barrier_wait(&smem.turn_open[group], turns & 1);
+  float* const dq = w.dq + piece * (64 * 64) + threadIdx.x % 128 * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
     ptx::reduce_add(dq + j * 512, {x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]});
+  if constexpr (S::kDeterministic) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(&smem.turn_over[group]);
+    ++turns;
+  }
 }
 
-// The order in which blocks add to dQ, kept by a counter for each piece of it. A block counts
-// itself only when it adds the next time: its additions have then long arrived. It waits only for
+// S14: blocks add to each piece of dQ in a fixed order, kept by a counter in global memory. One
+// lane per consumer warpgroup minds it, so that nobody else waits for memory: it opens a turn when
+// the counter says so, and counts the block when its warps have added. A block waits only for
 // blocks that were launched before it.
 template <class S>
-struct Turns {
-  int* pending = nullptr;  // of the piece added last
-  __device__ __forceinline__ void take(int* counter, int before, int group) {
-    if constexpr (S::kDeterministic) {
-      finish(group);
-      if (threadIdx.x % 128 == 0)
-        while (ptx::load_acquire(counter) != before) {
-        }
-      ptx::named_sync(kOwn + group, 128);
-      pending = counter;
-    }
-  }
-  __device__ __forceinline__ void finish(int group) {
-    if constexpr (S::kDeterministic) {
-      if (!pending) return;
+__device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
+                           const KeyTileOrder::Place& at, BackwardSmem<S>& smem, int group) {
+  const int64_t heads = p.n.g * p.n.r;
+  const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
+  Ring<S::kStages> ring;
+  for (int turn = 0;; ring.next()) {
+    const int s = ring.index();
+    ptx::barrier_wait(&smem.query_full[s], ring.parity());
+    const Step step = smem.step[s];
+    ptx::barrier_arrive(&smem.query_empty[s]);
+    if (step.row == kNoMoreSteps) return;
+    const int64_t tile = (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    for (int piece = group; piece < S::kPieces; piece += 2, ++turn) {
+      int* const counter = w.turns + tile * S::kPieces + piece;
+      while (ptx::load_acquire(counter) != step.before) {
+      }
+      ptx::barrier_arrive(&smem.turn_open[group]);
+      ptx::barrier_wait(&smem.turn_over[group], turn & 1);
       __threadfence();
-      ptx::named_sync(kOwn + group, 128);
-      if (threadIdx.x % 128 == 0) ptx::add_release(pending, 1);
+      ptx::add_release(counter, 1);
     }
   }
-};
-
-// A tile of dQ, and how many blocks add to it before this one.
-struct QueryTile {
-  int64_t index;
-  int before;
-};
+}
 
 // S13: keys that no row sees may hold NaN, which would meet dS = 0.
 template <class S>
@@ -399,10 +428,12 @@ __device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_
   for (int i = 0; i < 2; ++i) {
     ptx::barrier_init(&smem.query_full[i], 1);
     ptx::barrier_init(&smem.dout_full[i], 1);
-    ptx::barrier_init(&smem.query_empty[i], 8);
+    ptx::barrier_init(&smem.query_empty[i], S::kDeterministic ? 10 : 8);
     ptx::barrier_init(&smem.dout_empty[i], 8);
     ptx::barrier_init(&smem.dscore_full[i], dscore_writers);
     ptx::barrier_init(&smem.dscore_empty[i], 8);
+    ptx::barrier_init(&smem.turn_open[i], 1);
+    ptx::barrier_init(&smem.turn_over[i], 4);
   }
 }
 

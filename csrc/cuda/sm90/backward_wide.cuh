@@ -67,23 +67,21 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  Turns<S> turns;
-  const auto add_dq = [&](const QueryTile& tile, int chunk) {
-    const int64_t piece = tile.index * S::kPieces + chunk;
-    turns.take(w.turns + piece, tile.before, kGroup);
-    add_piece(w.dq + piece * (64 * 64), dq);
+  int turns = 0;
+  const auto add_dq = [&](int64_t tile, int chunk) {
+    add_piece<S>(w, tile * S::kPieces + chunk, dq, smem, kGroup, turns);
   };
   const auto release_dscore = [&](int turn) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
   };
   const auto tile_of = [&](const Step& step) {
-    return QueryTile{(at.b * heads + step.head) * tiles + step.row / S::kRows, step.before};
+    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
   };
 
   Step step = wait_for_step<S>(smem, ring, kGroup);
   if (step.row != kNoMoreSteps) {
     // Tiles of this step and the two before it.
-    QueryTile tile = tile_of(step), previous{}, last{};
+    int64_t tile = tile_of(step), previous = 0, last = 0;
     int turn = 0;
     issue_products();
     ptx::wgmma_commit();  // in place of a second piece of dQ
@@ -180,7 +178,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       tile = tile_of(step);
     }
     // What is left: the second piece of the previous step, and all of the last one.
-    const auto finish_piece = [&](int turn, const QueryTile& tile, int chunk) {
+    const auto finish_piece = [&](int turn, int64_t tile, int chunk) {
       issue_dq(turn, chunk);
       ptx::wgmma_wait<0>();
       ptx::pin(dq);
@@ -190,7 +188,6 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
     finish_piece(turn, tile, kGroup);
     if (kTwoPieces) finish_piece(turn, tile, kGroup + 2);
-    turns.finish(kGroup);
   }
   ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
 
@@ -231,6 +228,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
+    if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
+      keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (warpgroup == 1)
