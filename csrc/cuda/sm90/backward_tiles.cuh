@@ -34,6 +34,7 @@ struct BackwardShape {
   static constexpr int kThreads = 128 * 3;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
+  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, 2));
   static constexpr int kLimits = kShaped ? 3 : 2;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
 };

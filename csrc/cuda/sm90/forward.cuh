@@ -38,6 +38,7 @@ struct ForwardShape {
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
 };
 
 // What consumers need to know of a tile.
