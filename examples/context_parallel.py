@@ -236,29 +236,32 @@ def compare(
     }
 
 
-_LAYOUT = flags.DEFINE_enum("layout", "all", ["all", *LAYOUTS], "How tokens lie on the devices.")
-_DEVICES = flags.DEFINE_integer("devices", 8, "How many; on CPU virtual ones. 0: all there are.", 0)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Tokens of the sequence.", 2)
-_WINDOW = flags.DEFINE_integer("window", None, "Keys that a row sees; else all before it.", 1)
-_HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", 1)
-_KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
-_STEPS = flags.DEFINE_integer("steps", 10, "Train steps.", 2)
+def define_flags() -> None:
+    """Not on import, where the flags of another example in the process would clash."""
+    flags.DEFINE_enum("layout", "all", ["all", *LAYOUTS], "How tokens lie on the devices.")
+    flags.DEFINE_integer("devices", 8, "How many; on CPU virtual ones. 0: all there are.", 0)
+    flags.DEFINE_integer("seq_len", 2048, "Tokens of the sequence.", 2)
+    flags.DEFINE_integer("window", None, "Keys that a row sees; else all before it.", 1)
+    flags.DEFINE_integer("heads", 4, "Query heads.", 1)
+    flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
+    flags.DEFINE_integer("steps", 10, "Train steps.", 2)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags say and prints the comparison."""
+    given = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
-    if _DEVICES.value:
-        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-    devices = _DEVICES.value or jax.device_count()
+    if given.devices:
+        jax.config.update("jax_num_cpu_devices", given.devices)
+    devices = given.devices or jax.device_count()
     if devices > jax.device_count():
         raise app.UsageError(f"--devices {devices}, but there are {jax.device_count()}")
-    print(f"{_SEQ_LEN.value} tokens over {devices} x {jax.devices()[0].device_kind}")
-    for layout in LAYOUTS if _LAYOUT.value == "all" else (_LAYOUT.value,):
+    print(f"{given.seq_len} tokens over {devices} x {jax.devices()[0].device_kind}")
+    for layout in LAYOUTS if given.layout == "all" else (given.layout,):
         result = compare(
-            layout, devices, _SEQ_LEN.value, _WINDOW.value, _HEADS.value, _KV_HEADS.value,
-            _STEPS.value,
+            layout, devices, given.seq_len, given.window, given.heads, given.kv_heads,
+            given.steps,
         )  # fmt: skip
         ring, one = result["seconds"]
         print(
@@ -269,4 +272,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
