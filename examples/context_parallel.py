@@ -2,6 +2,7 @@
 
     python examples/context_parallel.py                     # 8 virtual CPU devices
     python examples/context_parallel.py --layout striped --window 300
+    python examples/context_parallel.py --alibi --dropout_rate 0.1
     python examples/context_parallel.py --devices 0         # all devices there are
 
 Every device keeps its rows; keys and values travel around the ring, and in the backward their
@@ -262,6 +263,8 @@ def compare(
     heads: int,
     kv_heads: int,
     steps: int,
+    alibi: bool = False,
+    dropout_rate: float = 0.0,
 ) -> dict:
     """Trains on the ring and on one device; relative errors of losses and first gradients."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("seq",))
@@ -272,8 +275,12 @@ def compare(
     side = (None if window is None else window - 1, None)
     mask = IntervalMask.documents(jnp.asarray(ids), causal=True, window=side)
 
+    slopes = 2.0 ** (-8 * jnp.arange(1, heads + 1) / heads) if alibi else None
+    words = jax.random.key_data(jax.random.key(0)) if dropout_rate else None
+
     def whole(q, k, v):
-        return flash_attention(q, k, v, mask=mask)
+        features = {"alibi_slopes": slopes, "dropout_rate": dropout_rate, "dropout_key": words}
+        return flash_attention(q, k, v, mask=mask, **features)
 
     teacher, student = (init_params(width, heads, kv_heads, seed) for seed in (1, 2))
     target = jax.jit(lambda x: layer(teacher, x, whole))(x)
@@ -281,10 +288,11 @@ def compare(
 
     rows = IntervalMask(mask.lo[:, order], mask.hi[:, order])
     shard = functools.partial(jax.device_put, device=NamedSharding(mesh, P(None, "seq")))
-    ring = sharded_attention(mesh)
+    ring = sharded_attention(mesh, layout, dropout_rate)
     positions = jax.device_put(order, NamedSharding(mesh, P("seq")))
     arrays = shard(x[:, order]), shard(target[:, order])
-    several = train(student, *arrays, lambda *qkv: ring(*qkv, rows, positions)[0], steps)
+    attend = lambda *qkv: ring(*qkv, rows, positions, slopes, words)[0]  # noqa: E731
+    several = train(student, *arrays, attend, steps)
 
     def error(a, b):
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -309,6 +317,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("heads", 4, "Query heads.", 1)
     flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
     flags.DEFINE_integer("steps", 10, "Train steps.", 2)
+    flags.DEFINE_bool("alibi", False, "Biases by distance, 2^-(8 n / heads) for head n.")
+    flags.DEFINE_float("dropout_rate", 0.0, "The same mask every step, to compare.", 0.0, 1.0)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -325,7 +335,7 @@ def main(argv: Sequence[str]) -> None:
     for layout in LAYOUTS if given.layout == "all" else (given.layout,):
         result = compare(
             layout, devices, given.seq_len, given.window, given.heads, given.kv_heads,
-            given.steps,
+            given.steps, given.alibi, given.dropout_rate,
         )  # fmt: skip
         ring, one = result["seconds"]
         print(

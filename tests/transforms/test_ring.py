@@ -183,7 +183,7 @@ def test_16_bit_inputs():
 
 
 def test_the_example_trains():
-    result = context_parallel.compare("zigzag", 4, 256, 40, 4, 2, 4)
+    result = context_parallel.compare("zigzag", 4, 256, 40, 4, 2, 4, alibi=True, dropout_rate=0.1)
     assert result["losses"][-1] < 0.95 * result["losses"][0]
     assert result["loss_error"] < 1e-6
     assert result["gradient_error"] < 5e-6
