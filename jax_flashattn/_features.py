@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jax_flashattn import _dropout
 from jax_flashattn._checks import as_array, check_int32, check_number
+from jax_flashattn._operands import statistics_dtype
 
 
 def check_softcap(softcap: Any) -> float:
@@ -46,7 +47,7 @@ def check_sinks(sinks: Any, query: Array) -> Array | None:
     b, _, hq, _ = query.shape
     dtypes = tuple(dict.fromkeys(("float32", str(query.dtype))))
     sinks = _check_heads(sinks, "sinks", dtypes, ((hq,),))
-    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(query.dtype)
     return jnp.broadcast_to(sinks.astype(wide), (b, hq))
 
 

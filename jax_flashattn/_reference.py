@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _dropout, _mask
-from jax_flashattn._operands import Operands
+from jax_flashattn._operands import Operands, statistics_dtype
 from jax_flashattn._spec import AttentionSpec
 from jax_flashattn._validate import row_limits, row_positions
 
@@ -55,7 +55,7 @@ def masked_attention(
       scale: factor on the scores.
       extras: features; the probabilities returned are those before dropout.
     """
-    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(query.dtype)
     group = query.shape[2] // max(key.shape[2], 1)
     # What sees or is seen by nobody cannot matter, not even as 0 * NaN (S13).
     seen = visible.any((1, 2))[:, :, None, None]
@@ -104,7 +104,7 @@ def _coordinates(operands: Operands) -> tuple[Array, Array]:
 def call_extras(operands: Operands, spec: AttentionSpec) -> Extras:
     """The features of a prepared call."""
     position, coordinate = _coordinates(operands)
-    wide = jnp.float64 if operands.query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(operands.query.dtype)
     terms = []
     if operands.slopes is not None:  # S9
         distance = jnp.abs(position[:, None, :, None] - coordinate[:, None, None])

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_flashattn import _compat, _validate
 from jax_flashattn._checks import check_size
 from jax_flashattn._features import key_words
+from jax_flashattn._operands import statistics_dtype
 from jax_flashattn.masks import IntervalMask
 from jax_flashattn.partials import attention_delta, attention_sink_gradient, merge_partials
 from jax_flashattn.passes import attention_backward, attention_forward, refuse_bias
@@ -230,7 +231,7 @@ def _chunks_forward(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple
     sq, dtype = query.shape[1], query.dtype
     padded = _pad_all(plan, query, key, value, rows)
     b, sq_padded, hq, _ = padded[0].shape
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(dtype)
 
     def body(row, column, state):
         out, lse = state

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn._checks import as_array
+from jax_flashattn._operands import statistics_dtype
 
 
 def _wide(x: Array) -> Array:
     """In float32, or float64 if it is."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(statistics_dtype(x.dtype))
 
 
 def _like_out(statistic: Array) -> Array:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _validate
-from jax_flashattn._primitives import flash_backward, flash_forward, statistics_dtype
+from jax_flashattn._operands import statistics_dtype
+from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn.masks import IntervalMask
 
 _forward = jax.jit(flash_forward, static_argnums=1)
