@@ -2,6 +2,7 @@
 
     python examples/context_parallel.py                     # 8 virtual CPU devices
     python examples/context_parallel.py --layout striped --window 300
+    python examples/context_parallel.py --alibi --dropout_rate 0.1
     python examples/context_parallel.py --devices 0         # all devices there are
 
 Every device keeps its rows; keys and values travel around the ring, and in the backward their
@@ -13,6 +14,7 @@ show what the ring costs, not what it gains.)
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +63,53 @@ def _next_device(tree, axis_name: str):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+class Ring(NamedTuple):
+    """What is static about a ring.
+
+    axis_name: the mesh axis that it is.
+    stretches: in how many equal stretches of tokens with one distance a shard lies; of a
+      token_order 2 for zigzag, 1 otherwise. Only ALiBi and dropout ask.
+    dropout_rate: as in flash_attention.
+    """
+
+    axis_name: str
+    stretches: int = 1
+    dropout_rate: float = 0.0
+
+
+def _parts(held, options: dict, mask: IntervalMask, ring: Ring):
+    """((key, value), options of a pass) of each stretch of the keys that a device holds."""
+    count = ring.stretches if options else 1
+    for key, value, at in zip(*(jnp.split(x, count, min(x.ndim, 2) - 1) for x in held)):
+        given = options | {"mask": mask.for_positions(at)}
+        if options:
+            stride = (at[-1] - at[0]) // max(at.size - 1, 1)
+            given["key_coordinates"] = (at[0], jnp.maximum(stride, 1))
+        yield (key, value), given
+
+
+def _options(query, positions, slopes, dropout_key, ring: Ring) -> dict:
+    """The features of the whole, as arguments of both passes."""
+    if slopes is None and dropout_key is None:
+        return {}
+    return {
+        "alibi_slopes": slopes,
+        "dropout_rate": ring.dropout_rate,
+        "dropout_key": dropout_key,
+        "query_positions": jnp.broadcast_to(positions, query.shape[:2]),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def ring_attention(
-    query: Array, key: Array, value: Array, mask: IntervalMask, positions: Array, axis_name: str
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: IntervalMask,
+    positions: Array,
+    slopes: Array | None,
+    dropout_key: Array | None,
+    ring: Ring,
 ) -> tuple[Array, Array]:
     """Attention of this device's rows to the keys of all devices, inside shard_map.
 
@@ -73,70 +119,89 @@ def ring_attention(
       value: [b, s, hk, dv].
       mask: [b or 1, s], which keys of the whole sequence these rows see.
       positions: int32 [s], increasing: where these tokens lie in the whole sequence.
-      axis_name: the mesh axis that is the ring.
+      slopes: float32 [hq] of ALiBi, or None.
+      dropout_key: the words of a jax.random key, the same on all devices, or None.
+      ring: what is static.
 
     Returns:
       (out, lse) of these rows over all keys.
     """
-    return _ring_forward(query, key, value, mask, positions, axis_name)[0]
+    return _ring_forward(query, key, value, mask, positions, slopes, dropout_key, ring)[0]
 
 
-def _ring_forward(query, key, value, mask, positions, axis_name):
+def _ring_forward(query, key, value, mask, positions, slopes, dropout_key, ring):
+    options = _options(query, positions, slopes, dropout_key, ring)
+
     def attend(held):
-        key, value, positions = held
-        return attention_forward(query, key, value, mask=mask.for_positions(positions))
+        return [attention_forward(query, *kv, **o) for kv, o in _parts(held, options, mask, ring)]
 
     def step(state, _):
         held, *total = state
-        held = _next_device(held, axis_name)
-        return (held, *merge_partials(*zip(total, attend(held)))), None
+        held = _next_device(held, ring.axis_name)
+        return (held, *merge_partials(*zip(total, *attend(held)))), None
 
     held = (key, value, positions)
-    first = merge_partials(*([x] for x in attend(held)))
-    hops = jax.lax.axis_size(axis_name) - 1
+    first = merge_partials(*zip(*attend(held)))
+    hops = jax.lax.axis_size(ring.axis_name) - 1
     (_, out, lse), _ = jax.lax.scan(step, (held, *first), length=hops)
     out = out.astype(query.dtype)
-    return (out, lse), (query, key, value, mask, positions, out, lse)
+    return (out, lse), (query, key, value, mask, positions, slopes, dropout_key, out, lse)
 
 
-def _ring_backward(axis_name, residuals, cotangents):
-    query, key, value, mask, positions, out, lse = residuals
+def _ring_backward(ring, residuals, cotangents):
+    query, key, value, mask, positions, slopes, dropout_key, out, lse = residuals
     dout, dlse = cotangents
     delta = attention_delta(dout, out, dlse)  # of the whole rows, once
+    options = _options(query, positions, slopes, dropout_key, ring)
 
     def gradients(held):
-        key, value, positions = held
-        see = mask.for_positions(positions)
-        parts = attention_backward(query, key, value, dout, lse, delta, mask=see)
-        return tuple(x.astype(delta.dtype) for x in parts)
+        dq, dk, dv = zip(
+            *(
+                attention_backward(query, *kv, dout, lse, delta, **o)
+                for kv, o in _parts(held, options, mask, ring)
+            )
+        )
+        dq = functools.reduce(jnp.add, [x.astype(delta.dtype) for x in dq])
+        return dq, *(jnp.concatenate(x, 1).astype(delta.dtype) for x in (dk, dv))
 
     def step(state, _):
         dq, travelling = state
-        held, dk, dv = _next_device(travelling, axis_name)
+        held, dk, dv = _next_device(travelling, ring.axis_name)
         more = gradients(held)
         return (dq + more[0], (held, dk + more[1], dv + more[2])), None
 
     held = (key, value, positions)
     dq, dk, dv = gradients(held)
-    hops = jax.lax.axis_size(axis_name) - 1
+    hops = jax.lax.axis_size(ring.axis_name) - 1
     (dq, (_, dk, dv)), _ = jax.lax.scan(step, (dq, (held, dk, dv)), length=hops)
-    dk, dv = _next_device((dk, dv), axis_name)  # home
-    return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
+    dk, dv = _next_device((dk, dv), ring.axis_name)  # home
+    given = dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype)
+    return *given, None, None, None, None
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward)
 
 
-def sharded_attention(mesh: Mesh) -> Callable:
-    """ring_attention of whole arrays, whose tokens lie in a token_order over the mesh's axis."""
+def sharded_attention(
+    mesh: Mesh, layout: str = "contiguous", dropout_rate: float = 0.0
+) -> Callable:
+    """ring_attention of whole arrays, whose tokens lie in a token_order over the mesh's axis.
+
+    The layout matters only to ALiBi and dropout. Further arguments: slopes and dropout_key.
+    """
     (axis,) = mesh.axis_names
     tokens, lse = P(None, axis), P(None, None, axis)
-    return jax.shard_map(
-        functools.partial(ring_attention, axis_name=axis),
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, tokens, P(axis)),
-        out_specs=(tokens, lse),
-    )
+    ring = Ring(axis, 2 if layout == "zigzag" else 1, dropout_rate)
+
+    def run(query, key, value, mask, positions, slopes=None, dropout_key=None):
+        return jax.shard_map(
+            functools.partial(ring_attention, ring=ring),
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, tokens, P(axis), P(), P()),
+            out_specs=(tokens, lse),
+        )(query, key, value, mask, positions, slopes, dropout_key)
+
+    return run
 
 
 # --- Something to train ---
@@ -198,6 +263,8 @@ def compare(
     heads: int,
     kv_heads: int,
     steps: int,
+    alibi: bool = False,
+    dropout_rate: float = 0.0,
 ) -> dict:
     """Trains on the ring and on one device; relative errors of losses and first gradients."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("seq",))
@@ -208,8 +275,12 @@ def compare(
     side = (None if window is None else window - 1, None)
     mask = IntervalMask.documents(jnp.asarray(ids), causal=True, window=side)
 
+    slopes = 2.0 ** (-8 * jnp.arange(1, heads + 1) / heads) if alibi else None
+    words = jax.random.key_data(jax.random.key(0)) if dropout_rate else None
+
     def whole(q, k, v):
-        return flash_attention(q, k, v, mask=mask)
+        features = {"alibi_slopes": slopes, "dropout_rate": dropout_rate, "dropout_key": words}
+        return flash_attention(q, k, v, mask=mask, **features)
 
     teacher, student = (init_params(width, heads, kv_heads, seed) for seed in (1, 2))
     target = jax.jit(lambda x: layer(teacher, x, whole))(x)
@@ -217,10 +288,11 @@ def compare(
 
     rows = IntervalMask(mask.lo[:, order], mask.hi[:, order])
     shard = functools.partial(jax.device_put, device=NamedSharding(mesh, P(None, "seq")))
-    ring = sharded_attention(mesh)
+    ring = sharded_attention(mesh, layout, dropout_rate)
     positions = jax.device_put(order, NamedSharding(mesh, P("seq")))
     arrays = shard(x[:, order]), shard(target[:, order])
-    several = train(student, *arrays, lambda *qkv: ring(*qkv, rows, positions)[0], steps)
+    attend = lambda *qkv: ring(*qkv, rows, positions, slopes, words)[0]  # noqa: E731
+    several = train(student, *arrays, attend, steps)
 
     def error(a, b):
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -236,29 +308,34 @@ def compare(
     }
 
 
-_LAYOUT = flags.DEFINE_enum("layout", "all", ["all", *LAYOUTS], "How tokens lie on the devices.")
-_DEVICES = flags.DEFINE_integer("devices", 8, "How many; on CPU virtual ones. 0: all there are.", 0)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "Tokens of the sequence.", 2)
-_WINDOW = flags.DEFINE_integer("window", None, "Keys that a row sees; else all before it.", 1)
-_HEADS = flags.DEFINE_integer("heads", 4, "Query heads.", 1)
-_KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
-_STEPS = flags.DEFINE_integer("steps", 10, "Train steps.", 2)
+def define_flags() -> None:
+    """Not on import, where the flags of another example in the process would clash."""
+    flags.DEFINE_enum("layout", "all", ["all", *LAYOUTS], "How tokens lie on the devices.")
+    flags.DEFINE_integer("devices", 8, "How many; on CPU virtual ones. 0: all there are.", 0)
+    flags.DEFINE_integer("seq_len", 2048, "Tokens of the sequence.", 2)
+    flags.DEFINE_integer("window", None, "Keys that a row sees; else all before it.", 1)
+    flags.DEFINE_integer("heads", 4, "Query heads.", 1)
+    flags.DEFINE_integer("kv_heads", 2, "Key heads.", 1)
+    flags.DEFINE_integer("steps", 10, "Train steps.", 2)
+    flags.DEFINE_bool("alibi", False, "Biases by distance, 2^-(8 n / heads) for head n.")
+    flags.DEFINE_float("dropout_rate", 0.0, "The same mask every step, to compare.", 0.0, 1.0)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags say and prints the comparison."""
+    given = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
-    if _DEVICES.value:
-        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-    devices = _DEVICES.value or jax.device_count()
+    if given.devices:
+        jax.config.update("jax_num_cpu_devices", given.devices)
+    devices = given.devices or jax.device_count()
     if devices > jax.device_count():
         raise app.UsageError(f"--devices {devices}, but there are {jax.device_count()}")
-    print(f"{_SEQ_LEN.value} tokens over {devices} x {jax.devices()[0].device_kind}")
-    for layout in LAYOUTS if _LAYOUT.value == "all" else (_LAYOUT.value,):
+    print(f"{given.seq_len} tokens over {devices} x {jax.devices()[0].device_kind}")
+    for layout in LAYOUTS if given.layout == "all" else (given.layout,):
         result = compare(
-            layout, devices, _SEQ_LEN.value, _WINDOW.value, _HEADS.value, _KV_HEADS.value,
-            _STEPS.value,
+            layout, devices, given.seq_len, given.window, given.heads, given.kv_heads,
+            given.steps, given.alibi, given.dropout_rate,
         )  # fmt: skip
         ring, one = result["seconds"]
         print(
@@ -269,4 +346,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

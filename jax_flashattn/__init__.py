@@ -22,7 +22,7 @@ from jax_flashattn.inspection import attention_probs
 from jax_flashattn.kvcache import flash_attn_with_kvcache
 from jax_flashattn.masks import IntervalMask
 from jax_flashattn.nn import dot_product_attention
-from jax_flashattn.partials import attention_delta, merge_partials
+from jax_flashattn.partials import attention_delta, attention_sink_gradient, merge_partials
 from jax_flashattn.passes import attention_backward, attention_forward
 from jax_flashattn.rotary import apply_rotary_emb
 from jax_flashattn.shifted_sparse import shifted_sparse_attention
@@ -35,6 +35,7 @@ __all__ = [
     "attention_delta",
     "attention_forward",
     "attention_probs",
+    "attention_sink_gradient",
     "bert_padding",
     "blockwise_attention",
     "dot_product_attention",

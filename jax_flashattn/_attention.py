@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -11,7 +10,7 @@ from jax_flashattn import _compat
 from jax_flashattn._operands import Operands
 from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn._spec import AttentionSpec
-from jax_flashattn.partials import attention_delta
+from jax_flashattn.partials import attention_delta, attention_sink_gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -37,17 +36,11 @@ def _attention_backward(spec: AttentionSpec, residuals, cotangents):
     if operands.bias is not None:
         gradients = gradients._replace(bias=dbias)
     if operands.sinks is not None:
-        gradients = gradients._replace(sinks=_sink_gradient(operands.sinks, lse, delta))
+        gradients = gradients._replace(sinks=attention_sink_gradient(operands.sinks, lse, delta))
     matched = [
         None if ct is None else _compat.match_cotangent(ct, x) for ct, x in zip(gradients, operands)
     ]
     return (Operands._make(matched),)
-
-
-def _sink_gradient(sinks, lse, delta):
-    """S15: the sink's probability times -delta, over all rows; rows that see nothing have none."""
-    probability = jnp.exp(sinks[:, :, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
-    return -jnp.where(jnp.isneginf(lse), 0, probability * delta).sum(-1)
 
 
 attention.defvjp(_attention_forward, _attention_backward)

@@ -31,31 +31,30 @@ def _varying(x) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _result_specs(name: str, operands: Sequence) -> list[P]:
-    """In explicit sharding mode: the output lies as its rows do, gradients as what they are of."""
-    query, key, value = (x.sharding.spec for x in operands[:3])
-    if name == "flash_forward":
-        b, s, h, _ = query
-        return [P(b, s, h, None), P(b, h, s)]
-    return [query, key, value]
+def axes_of(aval: ShapedArray) -> tuple:
+    """In explicit sharding mode what each axis is split over, else all None."""
+    return tuple(aval.sharding.spec)
 
 
 def result_avals(
-    name: str, operands: Sequence, shapes: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike]]
+    name: str,
+    operands: Sequence,
+    results: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike, tuple]],
 ) -> tuple:
-    """Result types that carry the operands' mesh and manual axes (for shard_map's check_vma)."""
+    """Types of results (shape, dtype, axes) with the operands' mesh and manual axes.
+
+    The latter are for shard_map's check_vma, the axes for explicit sharding mode.
+    """
     core.standard_vma_rule(name, *operands)
     mesh = operands[0].sharding.mesh
-    specs = _result_specs(name, operands)
-    specs += [P(*[None] * len(shape)) for shape, _ in shapes[len(specs) :]]
     return tuple(
         ShapedArray(
             shape,
             dtype,
-            sharding=NamedSharding(mesh, spec),
+            sharding=NamedSharding(mesh, P(*axes)),
             manual_axis_type=operands[0].manual_axis_type,
         )
-        for (shape, dtype), spec in zip(shapes, specs)
+        for shape, dtype, axes in results
     )
 
 
@@ -70,9 +69,13 @@ def match_varying(operands: Sequence[Array]) -> list[Array]:
 
 
 def match_cotangent(cotangent: Array, primal: Array) -> Array:
-    """Sums a cotangent over manual axes that its primal does not vary on."""
+    """Sums a cotangent over manual axes that its primal does not vary on, and lays it like that."""
     axes = tuple(_varying(cotangent) - _varying(primal))
-    return jax.lax.psum(cotangent, axes) if axes else cotangent
+    cotangent = jax.lax.psum(cotangent, axes) if axes else cotangent
+    wanted = jax.typeof(primal).sharding
+    if jax.typeof(cotangent).sharding.spec == wanted.spec:
+        return cotangent
+    return jax.sharding.reshard(cotangent, wanted)  # explicit sharding mode
 
 
 def may_be_partitioned(ctx: mlir.LoweringRuleContext) -> bool:

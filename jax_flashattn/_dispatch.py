@@ -1,7 +1,7 @@
 """Which kernel a call gets, and why not a better one: csrc's dispatch in words.
 
-The decision is made in csrc (cuda/dispatch.cc, cuda/sm90/forward.cu, cpu/tile.h); this table only
-tells of it. tests/unit/test_explain.py holds the two together.
+The decision is made in csrc (cuda/dispatch.cc, cuda/sm90/forward.cu and backward.cu, cpu/tile.h);
+this table only tells of it. tests/unit/test_explain.py holds the two together.
 """
 
 import dataclasses
@@ -17,11 +17,23 @@ SM90_FORWARD_TILES = {
     192: (128, 96),
     256: (128, 80),
 }
+# The same of the backward: TunedBackward of cuda/sm90/backward.cu.
+SM90_BACKWARD_TILES = {
+    64: (128, 128),
+    96: (64, 128),
+    128: (64, 128),
+    192: (64, 64),
+    256: (64, 64),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the choice of a kernel depends on."""
+    """What the choice of a kernel depends on.
+
+    b, sq, ... are sizes; features are the arguments of flash_attention beyond scale and mask, as
+    far as they change anything.
+    """
 
     b: int
     sq: int
@@ -31,6 +43,7 @@ class Call:
     d: int
     dv: int
     dtype: str
+    features: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +75,35 @@ def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
 
 def cuda_forward(call: Call, capability: str) -> Kernel:
     """The Hopper kernel if it fits, else the plain one."""
-    if refused := _cuda_refusal(call):
-        return refused
+    return _cuda_kernel("forward", call, call.features, SM90_FORWARD_TILES, capability)
+
+
+def cuda_backward(call: Call, capability: str) -> Kernel:
+    """Likewise; sinks are in its lse."""
+    features = tuple(x for x in call.features if x != "sinks")
+    return _cuda_kernel("backward", call, features, SM90_BACKWARD_TILES, capability)
+
+
+def _cuda_kernel(
+    which: str, call: Call, features: tuple[str, ...], tiles: dict, capability: str
+) -> Kernel:
+    refusals = []
+    if call.dtype not in CUDA_DTYPES:
+        wanted = " or ".join(CUDA_DTYPES)
+        refusals.append(f"CUDA kernels take {wanted}, not {call.dtype}: cast the inputs")
+    if "bias" in features:
+        refusals.append("CUDA kernels take no bias yet: implementation='reference' does")
+    if refusals:
+        return Kernel(None, notes=tuple(refusals))
+    if notes := _why_plain(call, features, capability):
+        return Kernel(f"cuda plain {which}, {call.dtype}", None, notes)
+    width = max(call.d, call.dv)
+    instance = next(limit for limit in tiles if width <= limit)
+    return Kernel(f"cuda sm90 {which}, head dim {instance}, {call.dtype}", tiles[instance])
+
+
+def _why_plain(call: Call, features: tuple[str, ...], capability: str) -> tuple[str, ...]:
+    """What keeps a call from the tensor-core kernels."""
     notes = []
     if capability != SM90:
         notes.append(
@@ -76,29 +116,10 @@ def cuda_forward(call: Call, capability: str) -> Kernel:
                 f"the tensor-core kernel needs head dims that are multiples of 8, {name} is "
                 f"{width}: pad to {width + -width % 8} (and keep scale)"
             )
+    if features:
+        notes.append(f"the tensor-core kernel has no {', '.join(features)} yet")
     if call.sk == 0:
         notes.append("the tensor-core kernel needs at least one key")
     if call.b * call.hq * -(-call.sq // 64) >= 2**31 - 1:
         notes.append("the tensor-core kernel counts tiles in 32 bits: split the batch")
-    if notes:
-        return Kernel(f"cuda plain forward, {call.dtype}", None, tuple(notes))
-    width = max(call.d, call.dv)
-    instance = next(limit for limit in SM90_FORWARD_TILES if width <= limit)
-    return Kernel(
-        f"cuda sm90 forward, head dim {instance}, {call.dtype}", SM90_FORWARD_TILES[instance]
-    )
-
-
-def cuda_backward(call: Call) -> Kernel:
-    """The plain one."""
-    if refused := _cuda_refusal(call):
-        return refused
-    notes = ("there is no tensor-core backward yet",)
-    return Kernel(f"cuda plain backward, {call.dtype}", None, notes)
-
-
-def _cuda_refusal(call: Call) -> Kernel | None:
-    if call.dtype in CUDA_DTYPES:
-        return None
-    wanted = " or ".join(CUDA_DTYPES)
-    return Kernel(None, notes=(f"CUDA kernels take {wanted}, not {call.dtype}: cast the inputs",))
+    return tuple(notes)

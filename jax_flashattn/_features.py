@@ -9,7 +9,8 @@ from jax import Array
 from jax.core import Tracer
 
 from jax_flashattn import _dropout
-from jax_flashattn._checks import as_array, check_number
+from jax_flashattn._checks import as_array, check_int32, check_number
+from jax_flashattn._operands import statistics_dtype
 
 
 def check_softcap(softcap: Any) -> float:
@@ -46,7 +47,7 @@ def check_sinks(sinks: Any, query: Array) -> Array | None:
     b, _, hq, _ = query.shape
     dtypes = tuple(dict.fromkeys(("float32", str(query.dtype))))
     sinks = _check_heads(sinks, "sinks", dtypes, ((hq,),))
-    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(query.dtype)
     return jnp.broadcast_to(sinks.astype(wide), (b, hq))
 
 
@@ -74,14 +75,38 @@ def check_dropout(rate: Any, key: Any, b: int, hq: int) -> tuple[int, Array | No
         raise ValueError(f"dropout_rate must be between 0 and 1, got {rate}.")
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate {rate} needs a dropout_key (a jax.random key).")
-    words = None if key is None else _key_words(key)
+    words = None if key is None else key_words(key)
     threshold = _dropout.keep_threshold(float(rate))
     if words is None or threshold == _dropout.KEEP_ALL:
         return _dropout.KEEP_ALL, None
     return threshold, _dropout.streams(_dropout.fold_key(words), b, hq)
 
 
-def _key_words(key: Any) -> Array:
+def check_positions(positions: Any, b: int, sq: int) -> Array | None:
+    """The rows' aligned key coordinates, int32 [b, sq]."""
+    return None if positions is None else check_int32(positions, "query_positions", (b, sq))
+
+
+def check_coordinates(coordinates: Any, b: int) -> Array | None:
+    """A pair (start, stride) of int32 scalars or int32 [b, 2], as int32 [b, 2]."""
+    if coordinates is None:
+        return None
+    if not isinstance(coordinates, tuple):
+        return check_int32(coordinates, "key_coordinates", (b, 2))
+    if len(coordinates) != 2:
+        raise ValueError(
+            f"key_coordinates must be a pair (start, stride) or int32 [b, 2], got {coordinates!r}."
+        )
+    pair = [
+        check_int32(
+            np.asarray(x) if isinstance(x, (int, np.integer)) else x, f"key_coordinates {name}", ()
+        )
+        for name, x in zip(("start", "stride"), coordinates)
+    ]
+    return jnp.broadcast_to(jnp.stack(pair), (b, 2))
+
+
+def key_words(key: Any) -> Array:
     """The words of one key, new-style or raw."""
     if not isinstance(key, (jax.Array, np.ndarray)):
         raise TypeError(f"dropout_key must be a jax.random key, got {type(key).__name__}.")

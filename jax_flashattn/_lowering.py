@@ -12,8 +12,8 @@ from jax import ShapeDtypeStruct
 
 from jax_flashattn import _compat, _native, _partition
 from jax_flashattn._compat import mlir
-from jax_flashattn._operands import Operands, is_absent
-from jax_flashattn._primitives import flash_backward_p, flash_forward_p, statistics_dtype
+from jax_flashattn._operands import Operands, is_absent, statistics_dtype
+from jax_flashattn._primitives import flash_backward_p, flash_forward_p
 
 _CUDA_DTYPES = ("bfloat16", "float16")
 

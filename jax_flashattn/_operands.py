@@ -44,6 +44,11 @@ class Operands(NamedTuple):
         return [absent if x is None else x for x in self]
 
 
+def statistics_dtype(dtype) -> jnp.dtype:
+    """float32, or float64 for float64 inputs: the type of lse, delta and everything summed."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def is_absent(x) -> bool:
     """Whether an array of Operands.flat() stands for None."""
     return x.shape[-1] == 0

@@ -22,7 +22,7 @@ them, and its gradient summed afterwards.
 import jax.numpy as jnp
 from jax import Array
 
-from jax_flashattn._operands import Operands, is_absent
+from jax_flashattn._operands import Operands, is_absent, statistics_dtype
 
 # name -> (Shardy factors, minor-to-major layout). Factors b and g are shared, all others whole.
 _FORMS = {
@@ -109,4 +109,4 @@ def from_logical(name: str, x: Array, shape: tuple[int, ...]) -> Array:
 
 def summed(x: Array, axis: int) -> Array:
     """The sum over an axis that stays, in float32 at least."""
-    return x.sum(axis, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+    return x.sum(axis, keepdims=True, dtype=statistics_dtype(x.dtype)).astype(x.dtype)

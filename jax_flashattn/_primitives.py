@@ -7,20 +7,14 @@ Operands are all of Operands.flat(), so the call has one signature; absent ones 
 0. out and dout are [b, sq, hq, dv], lse and delta [b, hq, sq].
 """
 
-import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _compat
-from jax_flashattn._operands import Operands
+from jax_flashattn._operands import Operands, statistics_dtype
 from jax_flashattn._spec import AttentionSpec
 
 flash_forward_p = _compat.make_primitive("flash_forward")
 flash_backward_p = _compat.make_primitive("flash_backward")
-
-
-def statistics_dtype(dtype) -> jnp.dtype:
-    """float32, or float64 for float64 inputs: the type of lse, delta and accumulators."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @flash_forward_p.def_abstract_eval
@@ -28,9 +22,10 @@ def _forward_abstract(*operands, spec):
     del spec
     query, _, value = operands[:3]
     b, sq, hq, _ = query.shape
+    on_b, on_s, on_h, _ = _compat.axes_of(query)  # the output lies as its rows do
     results = [
-        ((b, sq, hq, value.shape[3]), query.dtype),
-        ((b, hq, sq), statistics_dtype(query.dtype)),
+        ((b, sq, hq, value.shape[3]), query.dtype, (on_b, on_s, on_h, None)),
+        ((b, hq, sq), statistics_dtype(query.dtype), (on_b, on_h, on_s)),
     ]
     return _compat.result_avals("flash_forward", operands, results)
 
@@ -39,7 +34,8 @@ def _forward_abstract(*operands, spec):
 def _backward_abstract(*operands, spec):
     del spec
     given = dict(zip(Operands._fields, operands))  # dout, lse and delta follow
-    results = [(given[n].shape, given[n].dtype) for n in ("query", "key", "value", "bias")]
+    primals = [given[n] for n in ("query", "key", "value", "bias")]
+    results = [(x.shape, x.dtype, _compat.axes_of(x)) for x in primals]
     return _compat.result_avals("flash_backward", operands, results)
 
 

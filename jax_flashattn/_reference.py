@@ -10,17 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _dropout, _mask
-from jax_flashattn._operands import Operands
+from jax_flashattn._operands import Operands, statistics_dtype
 from jax_flashattn._spec import AttentionSpec
+from jax_flashattn._validate import row_limits, row_positions
 
 
 def visible_keys(operands: Operands, spec: AttentionSpec) -> Array:
     """The boolean matrix [b or 1, sq, sk] of who sees whom."""
-    sq, sk = operands.query.shape[1], operands.key.shape[1]
-    if operands.lo is not None and operands.hi is not None:
-        return _mask.visible(operands.lo, operands.hi, sk)
-    limits = _mask.arithmetic_intervals(sq, sk, spec.left, spec.right, operands.lengths)
-    return _mask.visible(*limits, sk)
+    return _mask.visible(*row_limits(operands, spec), operands.key.shape[1])
 
 
 class Extras(NamedTuple):
@@ -58,7 +55,7 @@ def masked_attention(
       scale: factor on the scores.
       extras: features; the probabilities returned are those before dropout.
     """
-    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(query.dtype)
     group = query.shape[2] // max(key.shape[2], 1)
     # What sees or is seen by nobody cannot matter, not even as 0 * NaN (S13).
     seen = visible.any((1, 2))[:, :, None, None]
@@ -97,19 +94,17 @@ def masked_attention(
 
 def _coordinates(operands: Operands) -> tuple[Array, Array]:
     """Aligned key coordinates of rows [b or 1, sq] and coordinates of keys [b or 1, sk]."""
-    sq, sk = operands.query.shape[1], operands.key.shape[1]
-    position, key = operands.position, jnp.arange(sk, dtype=jnp.int32)[None]
-    if position is None:
-        position = _mask.arithmetic_positions(sq, sk, operands.lengths)
+    key = jnp.arange(operands.key.shape[1], dtype=jnp.int32)[None]
     if operands.key_coordinates is not None:
         start, stride = operands.key_coordinates[:, :1], operands.key_coordinates[:, 1:]
         key = start + stride * key
-    return position, key
+    return row_positions(operands), key
 
 
-def _extras(operands: Operands, spec: AttentionSpec) -> Extras:
+def call_extras(operands: Operands, spec: AttentionSpec) -> Extras:
+    """The features of a prepared call."""
     position, coordinate = _coordinates(operands)
-    wide = jnp.float64 if operands.query.dtype == jnp.float64 else jnp.float32
+    wide = statistics_dtype(operands.query.dtype)
     terms = []
     if operands.slopes is not None:  # S9
         distance = jnp.abs(position[:, None, :, None] - coordinate[:, None, None])
@@ -136,6 +131,6 @@ def reference_attention(operands: Operands, spec: AttentionSpec) -> tuple[Array,
         operands.value,
         visible_keys(operands, spec)[:, None],
         spec.scale,
-        _extras(operands, spec),
+        call_extras(operands, spec),
     )
     return out, lse

@@ -36,6 +36,8 @@ def prepare(
     sinks: Any = None,
     dropout_rate: Any = 0.0,
     dropout_key: Any = None,
+    query_positions: Any = None,
+    key_coordinates: Any = None,
 ) -> tuple[Operands, AttentionSpec]:
     """Checks a call and brings it into the one form that the rest of the library knows."""
     query, key, value = check_arrays(query, key, value)
@@ -63,14 +65,17 @@ def prepare(
         sinks=_features.check_sinks(sinks, query),
         dropout=dropout,
         bias=_features.check_bias(bias, query, sk),
+        position=_features.check_positions(query_positions, b, sq),
+        key_coordinates=_features.check_coordinates(key_coordinates, b),
     )  # fmt: skip
-    if segment_ids is None and mask is None:
-        return operands, spec
-    lo, hi, position = _intervals(segment_ids, mask, lengths, left, right, (b, sq, sk))
-    if operands.slopes is None and operands.dropout is None:
-        position = None
-    operands = operands._replace(lengths=None, lo=lo, hi=hi, position=position)
-    return operands, dataclasses.replace(spec, left=None, right=None)
+    if segment_ids is not None or mask is not None:
+        lo, hi, position = _intervals(segment_ids, mask, lengths, left, right, (b, sq, sk))
+        position = position if operands.position is None else operands.position
+        operands = operands._replace(lengths=None, lo=lo, hi=hi, position=position)
+        spec = dataclasses.replace(spec, left=None, right=None)
+    if operands.slopes is None and operands.dropout is None:  # nothing reads coordinates
+        operands = operands._replace(position=None, key_coordinates=None)
+    return operands, spec
 
 
 def _intervals(segment_ids, mask, lengths, left, right, sizes) -> tuple[Array, Array, Array]:
@@ -99,6 +104,14 @@ def row_limits(operands: Operands, spec: AttentionSpec) -> _mask.Intervals:
         return operands.lo, operands.hi
     sq, sk = operands.query.shape[1], operands.key.shape[1]
     return _mask.arithmetic_intervals(sq, sk, spec.left, spec.right, operands.lengths)
+
+
+def row_positions(operands: Operands) -> Array:
+    """The aligned key coordinate of every row of a prepared call, [b or 1, sq] (S9, S12)."""
+    if operands.position is not None:
+        return operands.position
+    sq, sk = operands.query.shape[1], operands.key.shape[1]
+    return _mask.arithmetic_positions(sq, sk, operands.lengths)
 
 
 def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:

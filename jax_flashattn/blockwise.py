@@ -14,9 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_flashattn import _compat, _validate
 from jax_flashattn._checks import check_size
+from jax_flashattn._features import key_words
+from jax_flashattn._operands import statistics_dtype
 from jax_flashattn.masks import IntervalMask
-from jax_flashattn.partials import attention_delta, merge_partials
-from jax_flashattn.passes import attention_backward, attention_forward
+from jax_flashattn.partials import attention_delta, attention_sink_gradient, merge_partials
+from jax_flashattn.passes import attention_backward, attention_forward, refuse_bias
 
 
 class _Plan(NamedTuple):
@@ -26,6 +28,21 @@ class _Plan(NamedTuple):
     query_chunk: int
     key_chunk: int
     deterministic: bool
+    softcap: float
+    dropout_rate: float
+
+
+class _Rows(NamedTuple):
+    """What has no gradient: mask and features of the whole.
+
+    mask [b, sq]; position int32 [b, sq], the rows' aligned key coordinates, slopes [b, hq] and the
+    words of the dropout key, None if not needed.
+    """
+
+    mask: IntervalMask
+    position: Array | None
+    slopes: Array | None
+    dropout_key: Array | None
 
 
 def blockwise_attention(
@@ -38,9 +55,15 @@ def blockwise_attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
+    bias: None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Any:  # Array, or (Array, Array) with return_lse
@@ -60,9 +83,15 @@ def blockwise_attention(
       causal: as all further arguments, see flash_attention; they describe the whole.
       window: (left, right).
       scale: factor on the scores, default 1/sqrt(d).
+      softcap: scores become softcap * tanh(scores / softcap).
+      alibi_slopes: float32 [hq] or [b, hq].
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
+      bias: not supported: None.
+      sinks: float32 [hq], with a gradient.
+      dropout_rate: probability of dropping a probability.
+      dropout_key: one jax.random key; drops what it drops in one call.
       deterministic: ask for a bitwise repeatable backward.
       return_lse: also return the log-sum-exp of each row's scores, differentiable.
 
@@ -72,6 +101,7 @@ def blockwise_attention(
 
     Raises:
       TypeError, ValueError: as flash_attention, and for a chunk below 1.
+      NotImplementedError: for a bias.
 
     Source: Liu & Abbeel 2023 (Blockwise Parallel Transformer).
 
@@ -83,6 +113,7 @@ def blockwise_attention(
       >>> bool(jnp.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-6))
       True
     """
+    refuse_bias("blockwise_attention", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -90,9 +121,14 @@ def blockwise_attention(
         causal=causal,
         window=window,
         scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
         deterministic=deterministic,
     )
     sq, sk = operands.query.shape[1], operands.key.shape[1]
@@ -100,10 +136,20 @@ def blockwise_attention(
         min(check_size("query_chunk", query_chunk, least=1), max(sq, 1)),
         min(check_size("key_chunk", key_chunk, least=1), max(sk, 1)),
     )
-    plan = _Plan(spec.scale, *chunks, spec.deterministic)
+    rate = 0.0 if operands.dropout is None else float(dropout_rate)
+    plan = _Plan(spec.scale, *chunks, spec.deterministic, spec.softcap, rate)
+    position = None
+    if operands.slopes is not None or operands.dropout is not None:
+        position = jnp.broadcast_to(_validate.row_positions(operands), operands.query.shape[:2])
     # Limits of a prepared call end at sk, so what fills up the last chunk of keys stays unseen.
-    whole = IntervalMask(*_validate.row_limits(operands, spec))
-    out, lse = _run(operands.query, operands.key, operands.value, whole, plan)
+    rows = _Rows(
+        IntervalMask(*_validate.row_limits(operands, spec)),
+        position,
+        operands.slopes,
+        key_words(dropout_key) if rate else None,
+    )
+    sinks = None if sinks is None else jnp.asarray(sinks)
+    out, lse = _run(operands.query, operands.key, operands.value, sinks, rows, plan)
     return (out, lse) if return_lse else out
 
 
@@ -141,95 +187,112 @@ def _over_pairs(plan: _Plan, query: Array, key: Array, body, state):
         return state
     # Inside shard_map what a loop carries must vary over the devices from the start.
     state = tuple(_compat.match_varying([*state, query])[:-1])
-    return jax.lax.fori_loop(0, pairs, at, state)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(pairs), at, state)
 
 
-def _pair(plan: _Plan, query, key, value, mask: IntervalMask, row, column):
-    """One pair of chunks: (query, key, value) and the mask between them."""
-    rows = IntervalMask(*(_take(x, row, plan.query_chunk) for x in (mask.lo, mask.hi)))
+def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
+    """One pair of chunks: (query, key, value), and what lies between them as options of a pass."""
+    taken = lambda x: None if x is None else _take(x, row, plan.query_chunk)  # noqa: E731
+    see = IntervalMask(*map(taken, (rows.mask.lo, rows.mask.hi)))
     arrays = (
         _take(query, row, plan.query_chunk),
         _take(key, column, plan.key_chunk),
         _take(value, column, plan.key_chunk),
     )
-    return arrays, rows.for_keys(column, plan.key_chunk)
+    options = {
+        "mask": see.for_keys(column, plan.key_chunk),
+        "scale": plan.scale,
+        "softcap": plan.softcap,
+        "alibi_slopes": rows.slopes,
+        "dropout_rate": plan.dropout_rate,
+        "dropout_key": rows.dropout_key,
+        "query_positions": taken(rows.position),
+        "key_coordinates": (column, 1),
+    }
+    return arrays, options
 
 
-def _pad_all(plan: _Plan, query, key, value, mask: IntervalMask):
+def _pad_all(plan: _Plan, query, key, value, rows: _Rows):
     """All arrays in whole chunks, varying alike over the devices of a shard_map."""
-    query, key, value, lo, hi = _compat.match_varying([query, key, value, mask.lo, mask.hi])
-    limits = (_padded(x, 1, plan.query_chunk) for x in (lo, hi))  # 0, 0: sees nothing
+    leaves, structure = jax.tree.flatten((query, key, value, rows))
+    query, key, value, rows = structure.unflatten(_compat.match_varying(leaves))
+    mask, position = jax.tree.map(  # limits 0, 0: sees nothing
+        lambda x: _padded(x, 1, plan.query_chunk), (rows.mask, rows.position)
+    )
     return (
         _padded(query, 1, plan.query_chunk),
         _padded(key, 1, plan.key_chunk),
         _padded(value, 1, plan.key_chunk),
-        IntervalMask(*limits),
+        rows._replace(mask=mask, position=position),
     )
 
 
-def _chunks_forward(query, key, value, mask: IntervalMask, plan: _Plan) -> tuple[Array, Array]:
+def _chunks_forward(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple[Array, Array]:
     sq, dtype = query.shape[1], query.dtype
-    padded = _pad_all(plan, query, key, value, mask)
-    b, rows, hq, _ = padded[0].shape
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    padded = _pad_all(plan, query, key, value, rows)
+    b, sq_padded, hq, _ = padded[0].shape
+    wide = statistics_dtype(dtype)
 
     def body(row, column, state):
         out, lse = state
-        arrays, see = _pair(plan, *padded, row, column)
-        part = attention_forward(*arrays, mask=see, scale=plan.scale)
+        arrays, options = _pair(plan, *padded, row, column)
+        part = attention_forward(*arrays, **options)
         before = _take(out, row, plan.query_chunk), _take(lse, row, plan.query_chunk, axis=2)
         merged = merge_partials(*zip(before, part))
         return _put(out, merged[0], row), _put(lse, merged[1], row, axis=2)
 
     nothing = (
-        jnp.zeros((b, rows, hq, value.shape[3]), wide),
-        jnp.full((b, hq, rows), -jnp.inf, wide),
+        jnp.zeros((b, sq_padded, hq, value.shape[3]), wide),
+        jnp.full((b, hq, sq_padded), -jnp.inf, wide),
     )
     out, lse = _over_pairs(plan, padded[0], padded[1], body, nothing)
+    if sinks is not None:
+        out, lse = merge_partials([out], [lse], sinks=sinks)
     return out[:, :sq].astype(dtype), lse[:, :, :sq]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(query, key, value, mask: IntervalMask, plan: _Plan) -> tuple[Array, Array]:
-    return _chunks_forward(query, key, value, mask, plan)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple[Array, Array]:
+    return _chunks_forward(query, key, value, sinks, rows, plan)
 
 
-def _blockwise_forward(query, key, value, mask, plan):
-    out, lse = _chunks_forward(query, key, value, mask, plan)
+def _blockwise_forward(query, key, value, sinks, rows, plan):
+    out, lse = _chunks_forward(query, key, value, sinks, rows, plan)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (query, key, value, mask, out, lse)
+    return (out, lse), (query, key, value, sinks, rows, out, lse)
 
 
 def _blockwise_backward(plan: _Plan, residuals, cotangents):
-    query, key, value, mask, out, lse = residuals
+    query, key, value, sinks, rows, out, lse = residuals
     dout, dlse = cotangents
     # Of the whole rows, once: a chunk's own lse or out would give wrong gradients.
-    delta = _padded(attention_delta(dout, out, dlse), 2, plan.query_chunk)
-    lse = _padded(lse, 2, plan.query_chunk, -jnp.inf)
+    delta = attention_delta(dout, out, dlse)
+    dsinks = None if sinks is None else attention_sink_gradient(sinks, lse, delta)
+    delta, lse = _padded(delta, 2, plan.query_chunk), _padded(lse, 2, plan.query_chunk, -jnp.inf)
     dout = _padded(dout, 1, plan.query_chunk)
-    padded = _pad_all(plan, query, key, value, mask)
+    padded = _pad_all(plan, query, key, value, rows)
 
     def body(row, column, state):
-        arrays, see = _pair(plan, *padded, row, column)
+        arrays, options = _pair(plan, *padded, row, column)
         of_rows = (
             _take(dout, row, plan.query_chunk),
             _take(lse, row, plan.query_chunk, axis=2),
             _take(delta, row, plan.query_chunk, axis=2),
         )
-        parts = attention_backward(
-            *arrays, *of_rows, mask=see, scale=plan.scale, deterministic=plan.deterministic
-        )
+        parts = attention_backward(*arrays, *of_rows, **options, deterministic=plan.deterministic)
         starts = (row, column, column)
         return tuple(_add(x, part, at) for x, part, at in zip(state, parts, starts))
 
     nothing = tuple(jnp.zeros(x.shape, lse.dtype) for x in padded[:3])
     gradients = _over_pairs(plan, padded[0], padded[1], body, nothing)
+    primals = query, key, value
+    gradients = [g[:, : x.shape[1]].astype(x.dtype) for g, x in zip(gradients, primals)]
     matched = [
-        _compat.match_cotangent(gradient[:, : x.shape[1]].astype(x.dtype), x)
-        for gradient, x in zip(gradients, (query, key, value))
+        None if x is None else _compat.match_cotangent(g, x)
+        for g, x in zip((*gradients, dsinks), (*primals, sinks))
     ]
     return (*matched, None)
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-_run = jax.jit(_blockwise, static_argnums=4)  # an eager call is one program
+_run = jax.jit(_blockwise, static_argnums=5)  # an eager call is one program

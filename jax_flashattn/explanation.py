@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jax_flashattn import _dispatch, _mask, _native, _validate
 from jax_flashattn._dispatch import Call, Kernel
+from jax_flashattn._operands import Operands
 from jax_flashattn._spec import AttentionSpec
 
 PLATFORMS = (None, "cpu", "cuda")
@@ -107,9 +108,15 @@ def explain(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
     segment_ids: Any = None,
     lengths: Any = None,
     mask: Any = None,
+    bias: Any = None,
+    sinks: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
     deterministic: bool = False,
     implementation: Literal["kernel", "reference"] | None = None,
 ) -> Explanation:
@@ -128,9 +135,15 @@ def explain(
       causal: bottom-right aligned.
       window: (left, right).
       scale: factor on the scores.
+      softcap: as in flash_attention.
+      alibi_slopes: float32 [hq] or [b, hq].
       segment_ids: if given as a ShapeDtypeStruct, as lengths or mask too, tiles are not counted.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
+      bias: [b or 1, hq or 1, sq or 1, sk or 1].
+      sinks: float32 [hq].
+      dropout_rate: as in flash_attention.
+      dropout_key: one jax.random key.
       deterministic: as in flash_attention.
       implementation: as in flash_attention.
 
@@ -159,12 +172,21 @@ def explain(
         "causal": causal,
         "window": window,
         "scale": scale,
+        "softcap": softcap,
+        "dropout_rate": dropout_rate,
         "deterministic": deterministic,
     }
-    spec, uses_intervals, limits = _prepared(arrays, masks, options)
+    features = {
+        "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "sinks": sinks,
+        "dropout_key": dropout_key,
+    }
+    operands, spec, limits = _prepared(arrays, masks, features, options)
+    uses_intervals = operands.lo is not None
     b, sq, hq, d = query.shape
     _, sk, hk, dv = value.shape
-    call = Call(b, sq, sk, hq, hk, d, dv, str(query.dtype))
+    call = Call(b, sq, sk, hq, hk, d, dv, str(query.dtype), _features(operands, spec))
     platform = platform or ("cpu" if jax.default_backend() == "cpu" else "cuda")
     kernels = _kernels(call, platform, compute_capability, implementation)
     pairs = _visible_pairs(call, limits)
@@ -178,7 +200,7 @@ def explain(
             moved,
         )
         for kernel, per_pair, moved in zip(
-            kernels, (2 * (d + dv), 2 * (3 * d + 2 * dv)), _bytes(call, uses_intervals)
+            kernels, (2 * (d + dv), 2 * (3 * d + 2 * dv)), _bytes(call, operands)
         )
     )
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}, {call.dtype}"
@@ -202,7 +224,7 @@ def _kernels(
         kernel = _dispatch.cpu_kernel(call, _cpu_instruction_set())
         return kernel, kernel
     capability = capability or _attached_capability() or _dispatch.SM90
-    return _dispatch.cuda_forward(call, capability), _dispatch.cuda_backward(call)
+    return _dispatch.cuda_forward(call, capability), _dispatch.cuda_backward(call, capability)
 
 
 def _visible_pairs(call: Call, limits: Any) -> int | None:
@@ -221,29 +243,51 @@ def _described(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
+def _features(operands: Operands, spec: AttentionSpec) -> tuple[str, ...]:
+    """Arguments beyond scale and mask that change anything, by their names."""
+    given = {
+        "softcap": spec.softcap != 0,
+        "alibi_slopes": operands.slopes is not None,
+        "bias": operands.bias is not None,
+        "sinks": operands.sinks is not None,
+        "dropout": operands.dropout is not None,
+    }
+    return tuple(name for name, is_given in given.items() if is_given)
+
+
 def _prepared(
-    arrays: list[jax.ShapeDtypeStruct], masks: dict[str, Any], options: dict[str, Any]
-) -> tuple[AttentionSpec, bool, tuple[np.ndarray, np.ndarray] | None]:
-    """The spec; whether limits come from arrays; the rows' limits [b or 1, sq] if known."""
+    arrays: list[jax.ShapeDtypeStruct],
+    masks: dict[str, Any],
+    features: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Operands, AttentionSpec, tuple[np.ndarray, np.ndarray] | None]:
+    """Shapes of the operands; the spec; the rows' limits [b or 1, sq] if known."""
     found: list[Any] = []
 
-    def limits(masks):
+    def prepare(arrays, features, masks):
+        operands, spec = _validate.prepare(*arrays, **masks, **features, **options)
+        found[:] = jax.tree.map(_described, operands), spec
+
+    def limits():
         zeros = [jnp.zeros(x.shape, x.dtype) for x in arrays]  # never computed: nothing uses them
-        operands, spec = _validate.prepare(*zeros, **masks, **options)
-        found[:] = spec, operands.lo is not None
+        windows = {n: options[n] for n in ("causal", "window", "scale", "deterministic")}
+        operands, spec = _validate.prepare(*zeros, **masks, **windows)
         sk = arrays[1].shape[1]
         return [jnp.clip(x, 0, sk) for x in _validate.row_limits(operands, spec)]
 
     abstract = (jax.ShapeDtypeStruct, Tracer)
+    known = not any(isinstance(x, abstract) for x in jax.tree.leaves(masks))
     wide = jax.config.jax_enable_x64 or arrays[0].dtype == "float64"  # pyright: ignore
     with jax.enable_x64(wide):
-        if any(isinstance(x, abstract) for x in jax.tree.leaves(masks)):
-            jax.eval_shape(limits, masks)
+        if not known:
+            jax.eval_shape(prepare, arrays, features, masks)
             return *found, None
-        compiled = jax.jit(lambda: limits(masks)).lower().compile()
+        jax.eval_shape(lambda *x: prepare(*x, masks), arrays, features)
+        operands, spec = found
+        compiled = jax.jit(limits).lower().compile()
         with jax.ensure_compile_time_eval():  # also where explain is called under a trace
             lo, hi = compiled()
-    return *found, (np.asarray(lo), np.asarray(hi))
+    return operands, spec, (np.asarray(lo), np.asarray(hi))
 
 
 def _tiles(call: Call, limits: Any, tile: tuple[int, int] | None) -> Tiles | None:
@@ -264,15 +308,16 @@ def _tiles(call: Call, limits: Any, tile: tuple[int, int] | None) -> Tiles | Non
     return Tiles(counts[_mask.SKIP], counts[_mask.PARTIAL], counts[_mask.FULL])
 
 
-def _bytes(call: Call, uses_intervals: bool) -> tuple[int, int]:
+def _bytes(call: Call, operands: Operands) -> tuple[int, int]:
     """Least traffic of the forward and the backward."""
     element = jnp.dtype(call.dtype).itemsize
-    query, key = call.b * call.sq * call.hq, call.b * call.sk * call.hk  # vectors
-    inputs = element * (query * call.d + key * (call.d + call.dv))
-    out = element * query * call.dv
-    statistic = max(element, 4) * query
-    limits = 8 * call.b * call.sq if uses_intervals else 0
-    return inputs + out + statistic + limits, 2 * inputs + out + 2 * statistic + limits
+    size = {n: x.size * x.dtype.itemsize for n, x in operands._asdict().items() if x is not None}
+    gradients = sum(size.get(n, 0) for n in ("query", "key", "value", "bias"))
+    inputs = sum(size.values())
+    vectors = call.b * call.sq * call.hq
+    out, statistic = element * vectors * call.dv, max(element, 4) * vectors
+    # The backward reads dout, lse and delta, but no sinks.
+    return inputs + out + statistic, inputs - size.get("sinks", 0) + out + 2 * statistic + gradients
 
 
 def _mask_in_words(spec: AttentionSpec, uses_intervals: bool, has_lengths: bool) -> str:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn._checks import as_array
+from jax_flashattn._operands import statistics_dtype
 
 
 def _wide(x: Array) -> Array:
     """In float32, or float64 if it is."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(statistics_dtype(x.dtype))
 
 
 def _like_out(statistic: Array) -> Array:
@@ -21,7 +22,7 @@ def _like_out(statistic: Array) -> Array:
 
 
 def merge_partials(
-    outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
+    outs: Sequence[Array] | Array, lses: Sequence[Array] | Array, *, sinks: Array | None = None
 ) -> tuple[Array, Array]:
     """Attention over all keys from attention over disjoint parts of them.
 
@@ -33,6 +34,8 @@ def merge_partials(
     Args:
       outs: [b, sq, hq, dv], one per part: a sequence of them, or one array with a leading axis.
       lses: [b, hq, sq], one per part, likewise.
+      sinks: [hq], the logits that flash_attention(..., sinks=...) lets join the denominator (S15).
+        They join once: in the last merge, if the parts themselves know nothing of them.
 
     Returns:
       (out, lse) in float32, or float64 if a part is: keep them so while merging further, and cast
@@ -40,6 +43,7 @@ def merge_partials(
 
     Raises:
       ValueError: for shapes that do not fit, or no parts.
+      TypeError: for what is not an array.
 
     Source: Dao et al. 2022 (FlashAttention), section 3.1; Liu et al. 2023 (Ring Attention).
 
@@ -59,9 +63,14 @@ def merge_partials(
     # The largest cancels, so it needs no gradient: it only keeps exp in range.
     largest = jax.lax.stop_gradient(jnp.stack(lses).max(0))
     sees_any = ~jnp.isneginf(largest)
+    shown = [] if sinks is None else [_sink_rows(sinks, largest)]
+    for sink in shown:
+        largest = jnp.maximum(largest, jax.lax.stop_gradient(sink))
     largest = jnp.where(sees_any, largest, 0)
     weights = [jnp.exp(lse - largest) for lse in lses]
-    total = jnp.where(sees_any, sum(weights), 1)
+    # A row that sees nothing stays empty, its sink notwithstanding (S11).
+    shown = [jnp.exp(jnp.where(sees_any, sink - largest, -jnp.inf)) for sink in shown]
+    total = jnp.where(sees_any, functools.reduce(jnp.add, [*weights, *shown]), 1)
     # An empty part cannot matter, not even as 0 * NaN, nor can its gradient.
     outs = [jnp.where(_like_out(jnp.isneginf(lse)), 0, out) for out, lse in zip(outs, lses)]
     terms = [_like_out(weight / total) * out for out, weight in zip(outs, weights)]
@@ -77,6 +86,39 @@ def _check_parts(outs: list[Array], lses: list[Array]) -> None:
             "merge_partials needs one out [b, sq, hq, dv] and one lse [b, hq, sq] per part, all of "
             f"the same sizes; got outs {shapes[0]} and lses {shapes[1]}."
         )
+
+
+def _sink_rows(sinks: Array, lse: Array) -> Array:
+    """[hq] as [1, hq, 1] in the dtype of lse [b, hq, sq]."""
+    sinks = as_array(sinks, "sinks")
+    if sinks.shape != lse.shape[1:2]:
+        raise ValueError(f"sinks must have shape {lse.shape[1:2]}, got {sinks.shape}.")
+    return sinks.astype(lse.dtype)[None, :, None]
+
+
+def attention_sink_gradient(sinks: Array, lse: Array, delta: Array) -> Array:
+    """The gradient of sinks, from what the backward of every part shares (S15).
+
+    Args:
+      sinks: [hq] or [b, hq].
+      lse: [b, hq, sq], of all keys and the sinks.
+      delta: [b, hq, sq], attention_delta of the whole output.
+
+    Returns:
+      the shape and dtype of sinks, summed over what it lacks.
+
+    Source: docs/semantics.md S15.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_flashattn import attention_sink_gradient
+      >>> attention_sink_gradient(jnp.zeros(2), jnp.zeros((1, 2, 3)), jnp.ones((1, 2, 3))).tolist()
+      [-3.0, -3.0]
+    """
+    empty = jnp.isneginf(lse)
+    probability = jnp.exp(sinks.astype(lse.dtype)[..., None] - jnp.where(empty, jnp.inf, lse))
+    gradient = -jnp.where(empty, 0, probability * delta).sum(-1)
+    return (gradient.sum(0) if sinks.ndim == 1 else gradient).astype(sinks.dtype)
 
 
 def attention_delta(dout: Array, out: Array, dlse: Array | None = None) -> Array:

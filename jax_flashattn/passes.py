@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_flashattn import _validate
-from jax_flashattn._primitives import flash_backward, flash_forward, statistics_dtype
+from jax_flashattn._operands import statistics_dtype
+from jax_flashattn._primitives import flash_backward, flash_forward
 from jax_flashattn.masks import IntervalMask
 
 _forward = jax.jit(flash_forward, static_argnums=1)
@@ -32,9 +33,17 @@ def attention_forward(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
+    bias: None = None,
+    sinks: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    query_positions: Array | None = None,
+    key_coordinates: Array | tuple[Any, Any] | None = None,
 ) -> tuple[Array, Array]:
     """The forward pass alone: attention over these keys, and what merging it needs.
 
@@ -49,9 +58,21 @@ def attention_forward(
         mask of a part is that of the whole by IntervalMask.for_keys or for_positions.
       window: (left, right).
       scale: factor on the scores, default 1/sqrt(d).
+      softcap: scores become softcap * tanh(scores / softcap).
+      alibi_slopes: float32 [hq] or [b, hq].
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
+      bias: not supported: None.
+      sinks: float32 [hq]. Of parts of the keys only one may have them, and each row must see some
+        of its keys: merge_partials(..., sinks=...) has no such condition.
+      dropout_rate: probability of dropping a probability.
+      dropout_key: one jax.random key. For every part the same, with the coordinates below.
+      query_positions: int32 [b, sq], the key coordinate that each row is aligned with, which ALiBi
+        and dropout count from; None is i + sk - sq, as for a call of its own.
+      key_coordinates: (start, stride), key j has the coordinate start + stride * j, each an int or
+        an int32 scalar; or int32 [b, 2]. With those of the whole, parts keep the whole's ALiBi
+        and dropout. None is (0, 1). They do not move the mask.
 
     Returns:
       out [b, sq, hq, dv] in the dtype of query, and lse [b, hq, sq] in float32 (float64 for
@@ -59,6 +80,7 @@ def attention_forward(
 
     Raises:
       TypeError, ValueError: as flash_attention.
+      NotImplementedError: for a bias.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 1.
 
@@ -70,6 +92,7 @@ def attention_forward(
       >>> out.shape, lse.shape
       ((1, 8, 2, 16), (1, 2, 8))
     """
+    refuse_bias("attention_forward", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -77,9 +100,16 @@ def attention_forward(
         causal=causal,
         window=window,
         scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        query_positions=query_positions,
+        key_coordinates=key_coordinates,
         deterministic=False,
     )
     return _forward(operands, spec)
@@ -96,9 +126,16 @@ def attention_backward(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
+    bias: None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    query_positions: Array | None = None,
+    key_coordinates: Array | tuple[Any, Any] | None = None,
     deterministic: bool = False,
 ) -> tuple[Array, Array, Array]:
     """The backward pass alone: what these rows and these keys add to the gradients.
@@ -114,18 +151,27 @@ def attention_backward(
       causal: as all further arguments, see flash_attention; the same as in the forward pass.
       window: (left, right).
       scale: factor on the scores, default 1/sqrt(d).
+      softcap: as in the forward pass.
+      alibi_slopes: float32 [hq] or [b, hq].
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
+      bias: not supported: None.
+      dropout_rate: as in the forward pass.
+      dropout_key: one jax.random key, the same.
+      query_positions: int32 [b, sq], as in the forward pass.
+      key_coordinates: (start, stride) or int32 [b, 2], as in the forward pass.
       deterministic: ask for bitwise repeatable results.
 
     Returns:
       (dq, dk, dv), of the shapes and dtypes of query, key and value. Add 16-bit ones up in float32.
+      Sinks are in lse and delta: attention_sink_gradient has theirs.
       Inside shard_map nothing is summed over devices: gradients of an array that several devices
       share are the caller's to psum.
 
     Raises:
       TypeError, ValueError: as flash_attention, and for dout, lse or delta of another kind.
+      NotImplementedError: for a bias.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 2.
 
@@ -140,6 +186,7 @@ def attention_backward(
       >>> dk.shape
       (1, 8, 2, 16)
     """
+    refuse_bias("attention_backward", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -147,9 +194,15 @@ def attention_backward(
         causal=causal,
         window=window,
         scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        query_positions=query_positions,
+        key_coordinates=key_coordinates,
         deterministic=deterministic,
     )
     b, sq, hq, _ = operands.query.shape
@@ -163,6 +216,14 @@ def attention_backward(
     lse = jnp.where(saw_nothing, jnp.inf, lse)
     delta = jnp.where(saw_nothing, 0, delta)
     return _backward(operands, dout, lse, delta, spec)[:3]
+
+
+def refuse_bias(function: str, bias: Any) -> None:
+    """Parts of a bias, and of its gradient, are not written yet."""
+    if bias is not None:
+        raise NotImplementedError(
+            f"{function} does not support bias; flash_attention does, on CPU."
+        )
 
 
 def _check_given(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:

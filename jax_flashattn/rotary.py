@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from jax_flashattn import _values, packing
+from jax_flashattn._operands import statistics_dtype
 from jax_flashattn._validate import check_int32
 
 __all__ = ["apply_rotary_emb"]
@@ -96,7 +97,7 @@ def check_tables(cos: Array, sin: Array, d: int) -> int:
 
 def rotate(x: Array, cos: Array, sin: Array, positions: Array, interleaved: bool) -> Array:
     """x [.., h, d] at int32 positions [..]; positions without a row take the nearest."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = statistics_dtype(x.dtype)
     cos, sin = (t.at[jnp.clip(positions, 0)].get(mode="clip")[..., None, :] for t in (cos, sin))
     cos, sin = cos.astype(wide), sin.astype(wide)
     half = cos.shape[-1]

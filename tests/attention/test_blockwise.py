@@ -27,17 +27,20 @@ def results(problem, query_chunk: int, key_chunk: int) -> dict:
         attend = functools.partial(
             blockwise_attention, query_chunk=query_chunk, key_chunk=key_chunk, return_lse=True
         )
+        sinks = arguments.pop("sinks", None)
         (out, lse), pullback = jax.vjp(
-            lambda *x: attend(*x, **arguments, **options), query, key, value
+            lambda *x: attend(*x[:3], sinks=x[3], **arguments, **options), query, key, value, sinks
         )
         return out, lse, *pullback((dout, dlse))
 
     with x64_if(problem.case.dtype == "float64"):
         arrays = [problem.given[n] for n in ("query", "key", "value", "dout", "dlse")]
         found = jax.device_get(run(*arrays, arguments))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), found))
+    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
+    return {name: x for name, x in zip(names, found) if x is not None}
 
 
+EVERYTHING = {"softcap": 5.0, "alibi": "h", "sinks": True, "dropout": 0.2}
 SAMPLE = (
     Case(b=2, sq=64, sk=96, hq=4, hk=2, causal=True, dlse=True),
     Case(b=2, sq=90, sk=70, hq=2, d=24, dv=40, causal=True, left=30, dlse=True),
@@ -51,6 +54,13 @@ SAMPLE = (
     grids.SCALES[3],
     grids.STRUCTURED[1],
     grids.STRUCTURED[2],
+    Case(b=2, sq=70, sk=90, hq=4, hk=2, softcap=2.0, causal=True, dlse=True),
+    Case(b=2, sq=70, sk=90, hq=4, hk=2, alibi="bh", sinks=True, left=50, dlse=True),
+    Case(b=2, sq=70, sk=90, hq=4, hk=2, dropout=0.3, causal=True, dlse=True),
+    Case(b=2, sq=90, sk=70, hq=4, hk=2, causal=True, dlse=True, **EVERYTHING),
+    grids.SEGMENTS[9].replace(**EVERYTHING),
+    grids.LENGTHS[1].replace(poison="invisible", **EVERYTHING),
+    grids.INTERVALS[6].replace(**EVERYTHING),
 )
 
 
@@ -63,7 +73,7 @@ def test_against_the_oracle_and_one_call(case):
     if case.data != "gaussian":
         return  # ill-conditioned on purpose: both are right, but not equal
     whole = execute(problem, problem.given)
-    for name in ("out", "dq", "dk", "dv"):
+    for name in set(found) - {"lse"}:
         size = max(np.abs(whole[name]).max(), 1e-30)
         assert np.abs(found[name] - whole[name]).max() <= 2e-6 * size, name
 
@@ -84,8 +94,9 @@ def test_nan_in_what_nobody_sees_stays_there(case):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_dtypes(dtype):
-    problem = make_problem(grids.SEGMENTS[1].replace(dtype=dtype))
+@pytest.mark.parametrize("features", [{}, EVERYTHING], ids=["plain", "features"])
+def test_dtypes(dtype, features):
+    problem = make_problem(grids.SEGMENTS[1].replace(dtype=dtype, **features))
     check_results(problem, results(problem, 48, 64))
 
 
@@ -153,6 +164,41 @@ def test_under_vmap_and_in_shard_map():
     )
     for a, b in zip(got, plain(x[1], k)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_shared_by_the_devices_of_a_shard_map():
+    """Their gradient is summed over the batch, on all devices."""
+    x = jax.random.normal(jax.random.key(0), (4, 40, 2, 8))
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
+    batch, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    slopes, sinks = jnp.array([0.5, 0.1]), jnp.array([0.3, -1.0])
+
+    def local(x, sinks):
+        out = blockwise_attention(
+            x, x, x, query_chunk=16, key_chunk=32, sinks=sinks, alibi_slopes=slopes
+        )
+        return jax.lax.psum((out**2).sum(), "data")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(batch, whole), out_specs=whole)
+    plain = lambda x, s: (flash_attention(x, x, x, sinks=s, alibi_slopes=slopes) ** 2).sum()  # noqa: E731
+    wanted = jax.grad(plain, (0, 1))(x, sinks)
+    for a, b in zip(jax.jit(jax.grad(run, (0, 1)))(x, sinks), wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_every_kind_of_dropout_key():
+    x = jax.random.normal(jax.random.key(0), (1, 30, 2, 8))
+    chunks = {"query_chunk": 16, "key_chunk": 7}
+    for key in (jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")):
+        options = {"dropout_rate": 0.4, "dropout_key": key}
+        wanted = flash_attention(x, x, x, **options)
+        got = jax.jit(lambda x, o=options: blockwise_attention(x, x, x, **chunks, **o))(x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    off = {"dropout_rate": 1e-6, "dropout_key": jax.random.key(0)}
+    got = blockwise_attention(x, x, x, **chunks, **off)
+    assert_bitwise("rate that rounds to 0", got, blockwise_attention(x, x, x, **chunks))
+    with pytest.raises(NotImplementedError, match="blockwise_attention does not support bias"):
+        blockwise_attention(x, x, x, **chunks, bias=jnp.zeros((1, 1, 1, 1)))
 
 
 def test_repeatable():

@@ -18,6 +18,7 @@ from jax_flashattn import (
     attention_backward,
     attention_delta,
     attention_forward,
+    attention_sink_gradient,
     flash_attention,
     merge_partials,
 )
@@ -148,6 +149,9 @@ def test_merge_dtypes_and_errors():
         merge_partials([out], [0.0])
 
 
+FEATURES = {"softcap": 5.0, "alibi": "bh", "sinks": True, "dropout": 0.3}
+
+
 def by_parts(problem, cuts) -> dict:
     """out, lse and gradients with the keys cut into parts, as a ring would."""
     case, given = problem.case, problem.given
@@ -162,12 +166,22 @@ def by_parts(problem, cuts) -> dict:
         options = {"segment_ids": None, "lengths": None, "mask": None} | case.options()
         operands, spec = _validate.prepare(q, k, v, **(options | arguments))
         whole = IntervalMask(*_validate.row_limits(operands, spec))
+        position = jnp.broadcast_to(_validate.row_positions(operands), q.shape[:2])
+        common = {n: case.options()[n] for n in ("scale", "softcap", "dropout_rate")}
+        names = ("alibi_slopes", "dropout_key")
+        common |= {n: arguments[n] for n in names if n in arguments}
         parts = [
-            (k[:, a:b], v[:, a:b], {"mask": whole.for_keys(a, b - a), "scale": case.scale})
+            (
+                *(k[:, a:b], v[:, a:b]),
+                common
+                | {"mask": whole.for_keys(a, b - a)}
+                | {"query_positions": position, "key_coordinates": (jnp.int32(a), 1)},
+            )
             for a, b in itertools.pairwise((0, *ends))
         ]
         pieces = [attention_forward(q, *kv, **options) for *kv, options in parts]
-        out, lse = merge_partials(*zip(*pieces))
+        sinks = arguments.get("sinks")
+        out, lse = merge_partials(*zip(*pieces), sinks=sinks)
         delta = attention_delta(dout, out, dlse)
         gradients = [
             attention_backward(q, *kv, dout, lse, delta, **options) for *kv, options in parts
@@ -175,11 +189,12 @@ def by_parts(problem, cuts) -> dict:
         dq, dk, dv = zip(*gradients)
         wide = delta.dtype
         dq = sum(x.astype(wide) for x in dq).astype(q.dtype)
-        return out.astype(q.dtype), lse, dq, *(jnp.concatenate(x, 1) for x in (dk, dv))
+        dsinks = [] if sinks is None else [attention_sink_gradient(sinks, lse, delta)]
+        return out.astype(q.dtype), lse, dq, *(jnp.concatenate(x, 1) for x in (dk, dv)), *dsinks
 
     with x64_if(case.dtype == "float64"):
         found = jax.device_get(run(q, k, v, dout, dlse, arguments))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), found))
+    return dict(zip(("out", "lse", "dq", "dk", "dv", "dsinks"), found))
 
 
 @cases(
@@ -191,10 +206,88 @@ def by_parts(problem, cuts) -> dict:
     grids.STRUCTURED[2],
     grids.SCALES[2],
     grids.SEGMENTS[9].replace(dtype="bfloat16"),
+    Case(b=2, sq=64, sk=96, hq=4, hk=2, causal=True, dlse=True, **FEATURES),
+    Case(b=2, sq=64, sk=96, hq=4, hk=2, d=40, dv=59, dtype="float64", dlse=True, **FEATURES),
+    grids.LENGTHS[5].replace(**FEATURES),
+    grids.SEGMENTS[9].replace(**FEATURES),
+    grids.INTERVALS[7].replace(sinks=True),
 )
 def test_parts_add_up(case):
     problem = make_problem(case)
     check_results(problem, by_parts(problem, (33, 34)))
+
+
+@pytest.mark.parametrize("form", ["numbers", "traced", "array"])
+def test_strided_parts_keep_coordinates(form):
+    """Every third key: ALiBi and dropout are the whole's, on both passes and for a sink."""
+    q, k, v, dout = (
+        jnp.asarray(x) for x in (normal(2, 30, 4, 8), normal(2, 40, 2, 8), normal(2, 40, 2, 8),
+                                 normal(2, 30, 4, 8))
+    )  # fmt: skip
+    features = {
+        "alibi_slopes": jnp.array([0.5, 0.1, 0.03, 1.0]),
+        "dropout_rate": 0.4,
+        "dropout_key": jax.random.key(4),
+    }
+    whole = IntervalMask.causal(30, 40)
+    position = jnp.broadcast_to(jnp.arange(10, 40, dtype=jnp.int32), (2, 30))
+
+    def part(first):
+        coordinates = {
+            "numbers": (first, 3),
+            "traced": (jnp.int32(first), jnp.int32(3)),
+            "array": jnp.array([[first, 3]] * 2, jnp.int32),
+        }[form]
+        given = {"query_positions": position, "key_coordinates": coordinates}
+        keys = k[:, first::3], v[:, first::3]
+        return keys, features | given | {"mask": whole.for_keys(first, keys[0].shape[1], 3)}
+
+    parts = [part(first) for first in range(3)]
+    pieces = [attention_forward(q, *kv, **options) for kv, options in parts]
+    out, lse = merge_partials(*zip(*pieces))
+    run = lambda *x: flash_attention(*x, causal=True, return_lse=True, **features)  # noqa: E731
+    wanted, pullback = jax.vjp(run, q, k, v)
+    for a, b in zip((out, lse), wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6)
+    delta = attention_delta(dout, out)
+    dq, dk, dv = pullback((dout, jnp.zeros_like(lse)))
+    got = [attention_backward(q, *kv, dout, lse, delta, **options) for kv, options in parts]
+    np.testing.assert_allclose(sum(g[0] for g in got), dq, rtol=1e-4, atol=1e-5)
+    for first, (_, *of_keys) in enumerate(got):
+        for a, b in zip(of_keys, (dk, dv)):
+            np.testing.assert_allclose(a, b[:, first::3], rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_join_a_merge_once():
+    """Value and derivative as in one call; rows that see nothing stay empty."""
+    q, k, v = normal(2, 30, 4, 8), normal(2, 20, 2, 8), normal(2, 20, 2, 8)
+    sinks, cuts = jnp.array([0.5, -1.0, -jnp.inf, 40.0]), (slice(0, 7), slice(7, 20))
+    masks = [IntervalMask.causal(30, 20).for_keys(s.start, s.stop - s.start) for s in cuts]
+
+    def merged(q, k, v, sinks):
+        parts = [
+            flash_attention(q, k[:, s], v[:, s], mask=m, return_lse=True)
+            for s, m in zip(cuts, masks)
+        ]
+        return merge_partials(*zip(*parts), sinks=sinks)
+
+    def whole(q, k, v, sinks):
+        return flash_attention(q, k, v, sinks=sinks, causal=True, return_lse=True)
+
+    def loss(attend):
+        def of(*x):
+            out, lse = attend(*x)
+            return (out**2).sum() + jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0).sum()
+
+        return jax.grad(of, (0, 1, 2, 3))
+
+    got, wanted = merged(q, k, v, sinks), whole(q, k, v, sinks)
+    assert np.isneginf(got[1][:, :, :10]).all()
+    assert not np.asarray(got[0][:, :10]).any()
+    for a, b in zip((*got, *loss(merged)(q, k, v, sinks)), (*wanted, *loss(whole)(q, k, v, sinks))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"sinks must have shape \(4,\), got \(3,\)"):
+        merged(q, k, v, sinks[:3])
 
 
 @pytest.mark.parametrize("mistake", ["lse", "out"])
@@ -271,5 +364,17 @@ def test_wrong_arguments():
         attention_delta(dout, dout[:, :2])
     with pytest.raises(ValueError, match=r"dlse must have shape \(1, 2, 3\)"):
         attention_delta(dout, dout, lse[..., :1])
+    bias = jnp.zeros((1, 1, 3, 3))
+    with pytest.raises(NotImplementedError, match="attention_backward does not support bias"):
+        attention_backward(q, q, q, dout, lse, lse, bias=bias)
+    with pytest.raises(NotImplementedError, match="attention_forward does not support bias"):
+        attention_forward(q, q, q, bias=bias)
+    with pytest.raises(ValueError, match=r"query_positions must have shape \(1, 3\)"):
+        attention_forward(q, q, q, query_positions=jnp.arange(3))
+    for wrong in ((1,), (0, 1, 2)):
+        with pytest.raises(ValueError, match=r"a pair \(start, stride\)"):
+            attention_forward(q, q, q, key_coordinates=wrong)
+    with pytest.raises(TypeError, match="key_coordinates stride must have dtype int32"):
+        attention_forward(q, q, q, key_coordinates=(0, jnp.float32(1)))
     with pytest.raises(NotImplementedError, match="flash_forward"):
         jax.grad(lambda q: attention_forward(q, q, q)[0].sum())(q)

@@ -95,6 +95,26 @@ def test_boolean_masks(kind, is_causal, sq, sk):
     compare(sq, sk, mask=mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape), is_causal=is_causal)
 
 
+@pytest.mark.parametrize("shape", ["bhij", "hij", "ij", "j", "bj", ""])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bias(shape, is_causal):
+    """Values and all gradients, of every shape that broadcasts; as 4, and for "ij" as 2 axes."""
+    b, sq, sk = 2, 12, 12
+    sizes = {"b": b, "h": 4, "i": sq, "j": sk}
+    bias = normal(4, *(n if axis in shape else 1 for axis, n in sizes.items()))
+    bias = bias[0, 0] if shape == "ij" else bias
+    arrays = normal(0, b, sq, 4, 16), normal(1, b, sk, 2, 16), normal(2, b, sk, 2, 16), bias
+    dout = normal(3, b, sq, 4, 16)
+    results = []
+    for function in (dot_product_attention, jax.nn.dot_product_attention):
+        call = functools.partial(function, is_causal=is_causal, scale=0.3)
+        out, pull = jax.vjp(jax.jit(call), *arrays[:3], bias)
+        results.append((out, *pull(dout)))
+    for ours, theirs in zip(*results):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, **TOLERANCE)
+
+
 def test_without_a_batch():
     q, k = normal(0, 9, 4, 16), normal(1, 12, 2, 16)
     for options in ({}, {"is_causal": True}, {"mask": np.arange(12)[None, None] < 5}):

@@ -36,7 +36,15 @@ def documents(lengths: tuple, s: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # Options a call may have; those of heads are of all four of them.
-OPTIONS = ({"scale": 0.3}, {"causal": False}, {"deterministic": True})
+SLOPES = 2.0 ** -np.arange(1, 5, dtype=np.float32)
+OPTIONS = (
+    {"scale": 0.3},
+    {"causal": False},
+    {"deterministic": True},
+    {"softcap": 2.0},
+    {"alibi_slopes": SLOPES},
+    {"alibi_slopes": np.stack([SLOPES, SLOPES[::-1]])},
+)
 
 ROWS = {
     "whole": (((48,), (48,)), "none"),

@@ -19,12 +19,19 @@ from jax_flashattn import (
 )
 
 # Options a call may have, by flash-attn's names.
+SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+SINKS = np.array([0.3, -1.0, 2.0, -np.inf])
 FEATURES = (
     {},
     {"causal": True},
     {"causal": True, "window_size": (5, -1)},
     {"window_size": (3, 0), "softmax_scale": 0.3},
     {"window_size": (None, 4), "deterministic": True},
+    {"softcap": 2.0, "causal": True},
+    {"alibi_slopes": SLOPES},
+    {"alibi_slopes": np.stack([SLOPES, SLOPES[::-1]]), "window_size": (9, 3)},
+    {"learnable_sink": SINKS, "causal": True},
+    {"dropout_p": 0.3, "dropout_key": np.array([3, 4], np.uint32), "softcap": 5.0},
 )
 
 _TAIL = (
@@ -66,6 +73,27 @@ def see(sq: int, sk: int, causal=False, window_size=(-1, -1), **_) -> np.ndarray
     return visible
 
 
+def oracle_features(
+    sizes: tuple[int, int, int, int],
+    *,
+    softcap=None,
+    alibi_slopes=None,
+    learnable_sink=None,
+    dropout_p=0.0,
+    dropout_key=None,
+    **_,
+) -> oracle.Features:
+    """The oracle's form of options by flash-attn's names, for sizes b, hq, sq, sk."""
+    b, hq, sq, sk = sizes
+    arrays = {"position": np.broadcast_to(np.arange(sq) + sk - sq, (b, sq))}
+    if alibi_slopes is not None:
+        arrays["slopes"] = np.broadcast_to(alibi_slopes, (b, hq))
+    if dropout_p:
+        arrays["threshold"] = round((1 - dropout_p) * 65536)
+        arrays["keep"] = oracle.keep(dropout_key, arrays, (b, hq, sk))
+    return oracle.Features(softcap=softcap, sinks=learnable_sink, **arrays)
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     parameters = inspect.signature(getattr(jax_flashattn, name)).parameters.values()
@@ -77,20 +105,37 @@ def test_signature(name):
     )
 
 
+def _with_aux(results):
+    """out and lse, and S_dmask, which has no gradient."""
+    return results[:2], results[2]
+
+
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 @pytest.mark.parametrize(("sq", "sk", "hk"), [(17, 17, 4), (9, 40, 2), (33, 12, 1), (1, 30, 4)])
 def test_dense(sq, sk, hk, features):
     q, k, v = normal(0, 2, sq, 4, 16), normal(1, 2, sk, hk, 16), normal(2, 2, sk, hk, 16)
     dout = normal(3, 2, sq, 4, 16)
-    (out, lse, dmask), pull = jax.vjp(
-        lambda *x: flash_attn_func(*x, **features, return_attn_probs=True), q, k, v
-    )
-    gradients = pull((dout, jnp.zeros_like(lse), None))
+    sink = features.get("learnable_sink")
+    rest = {n: x for n, x in features.items() if n != "learnable_sink"}
+
+    def call(q, k, v, sink):
+        return flash_attn_func(q, k, v, **rest, learnable_sink=sink, return_attn_probs=True)
+
+    (out, lse), pull, dmask = jax.vjp(lambda *x: _with_aux(call(*x)), q, k, v, sink, has_aux=True)
+    gradients = pull((dout, jnp.zeros_like(lse)))
     arrays = dict(query=q, key=k, value=v, dout=dout, dlse=np.zeros(lse.shape))
     visible = np.broadcast_to(see(sq, sk, **features), (2, sq, sk))
-    wanted = oracle.attention(arrays, visible, features.get("softmax_scale", 0.25))
-    assert dmask is None
-    for name, x in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients)):
+    given = oracle_features((2, 4, sq, sk), **features)
+    wanted = oracle.attention(arrays, visible, features.get("softmax_scale", 0.25), given)
+    if given.keep is None:
+        assert dmask is None
+    else:
+        hidden = np.asarray(dmask) == 0
+        assert np.array_equal((dmask > 0) | hidden, given.keep | hidden)
+        np.testing.assert_allclose(np.abs(dmask).sum(-1), 1, rtol=1e-9)
+    for name, x in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), (out, lse, *gradients)):
+        if x is None:
+            continue
         np.testing.assert_allclose(x, wanted[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 

@@ -25,6 +25,7 @@ FEATURES = (
     {"causal": True},
     {"causal": True, "window_size": (9, -1), "num_splits": 4},
     {"window_size": (6, 2), "softmax_scale": 0.3},
+    {"causal": True, "softcap": 2.0, "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.1], np.float32)},
 )
 B, HQ, HK, D, CAPACITY, SIZE = 3, 4, 2, 32, 64, 16
 LENGTHS = np.array([5, 33, 0], np.int32)

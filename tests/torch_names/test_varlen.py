@@ -16,11 +16,15 @@ from jax_flashattn import (
 from jax_flashattn import flash_attn_varlen as module
 
 # Options a call may have, by flash-attn's names.
+SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+SINKS = np.array([0.3, -1.0, 2.0, -np.inf])
 FEATURES = (
     {},
     {"causal": True},
     {"causal": True, "window_size": (4, -1)},
     {"window_size": (2, 3), "softmax_scale": 0.3},
+    {"causal": True, "softcap": 2.0, "alibi_slopes": SLOPES},
+    {"window_size": (5, 5), "alibi_slopes": SLOPES, "learnable_sink": SINKS},
 )
 # Lengths of the sequences (queries, keys).
 LENGTHS = {

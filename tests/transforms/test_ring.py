@@ -43,11 +43,20 @@ def mesh_of(n: int) -> Mesh:
     return Mesh(np.array(jax.devices("cpu")[:n]), ("seq",))
 
 
+SLOPES = jnp.array([0.5, 0.1, 0.03, 0.01])
+FEATURES = {
+    "alibi": {"alibi_slopes": SLOPES},
+    "dropout": {"dropout_rate": 0.3, "dropout_key": np.array([7, 11], np.uint32)},
+}
+FEATURES["both"] = FEATURES["alibi"] | FEATURES["dropout"]
+
+
 @functools.cache
-def one_device(name: str):
+def one_device(name: str, features: str | None = None):
     @jax.jit
     def run(q, k, v, mask):
-        attend = functools.partial(flash_attention, mask=mask, return_lse=True)
+        given = FEATURES.get(features, {})
+        attend = functools.partial(flash_attention, mask=mask, return_lse=True, **given)
         results, pullback = jax.vjp(attend, q, k, v)
         return *results, *pullback((DOUT, DLSE))
 
@@ -63,12 +72,14 @@ def in_layout(layout: str, n: int, mask: IntervalMask):
 
 
 @functools.cache
-def ring_program(n: int):
-    ring = context_parallel.sharded_attention(mesh_of(n))
+def ring_program(n: int, layout: str = "contiguous", features: str | None = None):
+    given = FEATURES.get(features, {})
+    ring = context_parallel.sharded_attention(mesh_of(n), layout, given.get("dropout_rate", 0.0))
+    extra = given.get("alibi_slopes"), given.get("dropout_key")
 
     @jax.jit
     def run(q, k, v, mask, positions, cotangents):
-        results, pullback = jax.vjp(lambda *x: ring(*x, mask, positions), q, k, v)
+        results, pullback = jax.vjp(lambda *x: ring(*x, mask, positions, *extra), q, k, v)
         return *results, *pullback(cotangents)
 
     return run
@@ -90,6 +101,15 @@ def assert_same(found, wanted, order):
 def test_value_and_gradients_equal_one_device(name, layout):
     order, arrays, cotangents = in_layout(layout, 8, MASKS[name])
     assert_same(ring_program(8)(*arrays, cotangents), one_device(name), order)
+
+
+@pytest.mark.parametrize("layout", context_parallel.LAYOUTS)
+@pytest.mark.parametrize("features", FEATURES)
+def test_alibi_and_dropout_are_those_of_the_whole(features, layout):
+    name = "causal documents in a window" if features == "both" else "window"
+    order, arrays, cotangents = in_layout(layout, 8, MASKS[name])
+    found = ring_program(8, layout, features)(*arrays, cotangents)
+    assert_same(found, one_device(name, features), order)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -163,7 +183,7 @@ def test_16_bit_inputs():
 
 
 def test_the_example_trains():
-    result = context_parallel.compare("zigzag", 4, 256, 40, 4, 2, 4)
+    result = context_parallel.compare("zigzag", 4, 256, 40, 4, 2, 4, alibi=True, dropout_rate=0.1)
     assert result["losses"][-1] < 0.95 * result["losses"][0]
     assert result["loss_error"] < 1e-6
     assert result["gradient_error"] < 5e-6

@@ -34,6 +34,12 @@ def test_tiles_are_those_of_the_kernels():
     assert len(tuned) > 3
     tiles = {int(d): (64 * int(groups), int(keys)) for d, _, groups, keys in tuned}
     assert tiles == _dispatch.SM90_FORWARD_TILES
+    assert (
+        "using TunedBackward = BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, "
+        "kInTurn>;"
+    ) in source("cuda/sm90/backward.cu")
+    backward = {d: (128 if d == 64 else 64, 128 if d <= 128 else 64) for d in tiles}
+    assert backward == _dispatch.SM90_BACKWARD_TILES
     tile = source("cpu/tile.h")
     rows, keys = (int(re.search(rf"{n} = (\d+);", tile)[1]) for n in ("kRows", "kTileKeys"))
     assert (rows, keys) == _dispatch.CPU_TILE
@@ -41,17 +47,24 @@ def test_tiles_are_those_of_the_kernels():
 
 def test_rules_are_those_of_the_dispatch():
     text = source("cuda/dispatch.cc")
-    steps = [int(n) for n in re.findall(r"if \(d <= (\d+)\) return sm90::forward<\1>", text)]
-    last = int(re.search(r"return sm90::forward<(\d+)>\(p, device, stream\); }", text)[1])
-    assert [*steps, last] == list(_dispatch.SM90_FORWARD_TILES)
+    for which, table in (
+        ("forward", _dispatch.SM90_FORWARD_TILES),
+        ("backward", _dispatch.SM90_BACKWARD_TILES),
+    ):
+        steps = [int(n) for n in re.findall(rf"if \(d <= (\d+)\) return sm90::{which}<\1>", text)]
+        last = int(re.search(rf"return sm90::{which}<(\d+)>\(p, device, stream\); }}", text)[1])
+        assert [*steps, last] == list(table)
     for rule in (
         "return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 && "
         "n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;",
-        "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n)) return sm90_forward(",
-        "std::string backward(const BackwardParams& p, cudaStream_t stream) "
-        "{ return plain::backward(p, stream); }",
+        "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && plain_features(p)) "
+        "return sm90_forward(",
+        "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 && "
+        "plain_features(p)) return sm90_backward(",
     ):
         assert rule in text, f"csrc/cuda/dispatch.cc no longer says: {rule}"
+    plain = "return f.softcap == 0 && !f.slopes && !f.sinks && !f.bias.data && !f.dropout;"
+    assert plain in source("semantics/params.h")
 
 
 # --- What it says ---
@@ -67,10 +80,15 @@ def explained(d=128, dv=None, dtype=jnp.bfloat16, platform="cuda", **options):
     ("d", "instance"), [(8, 64), (64, 64), (72, 96), (128, 128), (136, 192), (200, 256)]
 )
 def test_hopper_instances(d, instance):
-    forward = explained(d, 8).forward
-    assert forward.kernel == f"cuda sm90 forward, head dim {instance}, bfloat16"
-    assert forward.tile == _dispatch.SM90_FORWARD_TILES[instance]
-    assert not forward.notes
+    page = explained(d, 8)
+    for which, one, tiles in (
+        ("forward", page.forward, _dispatch.SM90_FORWARD_TILES),
+        ("backward", page.backward, _dispatch.SM90_BACKWARD_TILES),
+    ):
+        assert one.kernel == f"cuda sm90 {which}, head dim {instance}, bfloat16"
+        assert one.tile == tiles[instance]
+        assert one.tiles is not None
+        assert not one.notes
 
 
 @pytest.mark.parametrize(
@@ -82,10 +100,58 @@ def test_hopper_instances(d, instance):
     ],
 )
 def test_why_not_the_tensor_cores(arguments, words):
-    forward = explained(**arguments).forward
-    assert forward.kernel == "cuda plain forward, bfloat16"
-    assert forward.tiles is None
-    assert re.search(words, " ".join(forward.notes)), forward.notes
+    page = explained(**arguments)
+    for which, one in (("forward", page.forward), ("backward", page.backward)):
+        assert one.kernel == f"cuda plain {which}, bfloat16"
+        assert one.tiles is None
+        assert re.search(words, " ".join(one.notes)), one.notes
+
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forward", "backward"),
+    [
+        ({"softcap": 3.0}, "plain", "plain"),
+        ({"alibi_slopes": shape(4, dtype=jnp.float32)}, "plain", "plain"),
+        ({"dropout_rate": 0.1, "dropout_key": KEY}, "plain", "plain"),
+        ({"dropout_rate": 0.1, "dropout_key": np.zeros(2, np.uint32)}, "plain", "plain"),
+        ({"sinks": shape(4, dtype=jnp.float32)}, "plain", "sm90"),
+        ({"softcap": 0.0, "dropout_rate": 1e-6, "dropout_key": KEY}, "sm90", "sm90"),
+    ],
+    ids=str,
+)
+def test_features(arguments, forward, backward):
+    """As C++'s plain_features: what changes nothing is no feature."""
+    page = explained(**arguments)
+    assert page.forward.kernel.startswith(f"cuda {forward} forward")
+    assert page.backward.kernel.startswith(f"cuda {backward} backward")
+    for one in (page.forward, page.backward):
+        name = next(iter(arguments)).removesuffix("_rate")
+        assert ("plain" in one.kernel) == any(name in note for note in one.notes), one.notes
+    assert page.visible_pairs == 2 * 4 * 256 * 256
+
+
+def test_features_are_checked_as_in_the_call():
+    with pytest.raises(ValueError, match="needs a dropout_key"):
+        explained(dropout_rate=0.1)
+    with pytest.raises(ValueError, match="sinks must have shape"):
+        explained(sinks=shape(3, dtype=jnp.float32))
+    with pytest.raises(TypeError, match="alibi_slopes must have dtype float32"):
+        explained(alibi_slopes=shape(4))
+
+
+def test_bias():
+    """Not on CUDA; on CPU its bytes are read by both passes and written by one."""
+    bias = shape(1, 4, 256, 256, dtype=jnp.float32)
+    page = explained(bias=bias)
+    assert page.forward.kernel is None
+    assert page.backward.kernel is None
+    assert "no bias" in str(page)
+    with_bias, without = (explained(platform="cpu", bias=x) for x in (bias, None))
+    assert with_bias.forward.bytes - without.forward.bytes == 4 * 4 * 256 * 256
+    assert with_bias.backward.bytes - without.backward.bytes == 2 * 4 * 4 * 256 * 256
 
 
 def test_a_refusal_is_said_and_is_one(monkeypatch):

@@ -26,12 +26,13 @@ LAYERS = (
     {"masks"},
     {"_validate"},
     {"_primitives", "_reference", "packing", "_pages"},
+    {"passes"},
     {"bert_padding", "rotary"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names", "_jax_masks"},
     {"flash_attn", "flash_attn_varlen", "shifted_sparse", "nn", "kvcache"},
-    {"flash_mha"},
+    {"flash_mha", "blockwise", "inspection", "explanation"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS)
