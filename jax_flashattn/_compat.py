@@ -12,11 +12,11 @@ from jax._src.custom_partitioning_sharding_rule import (
 )
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Primitive", "ShapedArray", "batching", "mlir"]
+__all__ = ["Primitive", "ShapedArray", "ad", "batching", "mlir"]
 
 
 def make_primitive(name: str) -> Primitive:
@@ -32,9 +32,9 @@ def _varying(x) -> frozenset:
 
 
 def _result_specs(name: str, operands: Sequence) -> list[P]:
-    """In explicit sharding mode: the output lies as its rows do, gradients as what they are of."""
+    """In explicit sharding mode: outputs lie as their rows do, gradients as what they are of."""
     query, key, value = (x.sharding.spec for x in operands[:3])
-    if name == "flash_forward":
+    if name != "flash_backward":
         b, s, h, _ = query
         return [P(b, s, h, None), P(b, h, s)]
     return [query, key, value]

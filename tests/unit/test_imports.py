@@ -27,6 +27,7 @@ LAYERS = (
     {"_validate"},
     {"_primitives", "_reference", "packing", "_pages"},
     {"bert_padding", "rotary"},
+    {"_derivatives"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names", "_jax_masks"},
