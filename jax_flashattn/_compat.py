@@ -31,23 +31,14 @@ def _varying(x) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _result_specs(name: str, operands: Sequence) -> list[P]:
-    """In explicit sharding mode: outputs lie as their rows do, gradients as what they are of."""
-    query, key, value = (x.sharding.spec for x in operands[:3])
-    if name != "flash_backward":
-        b, s, h, _ = query
-        return [P(b, s, h, None), P(b, h, s)]
-    return [query, key, value]
-
-
 def result_avals(
-    name: str, operands: Sequence, shapes: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike]]
+    name: str,
+    operands: Sequence,
+    results: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike, P]],
 ) -> tuple:
-    """Result types that carry the operands' mesh and manual axes (for shard_map's check_vma)."""
+    """Types of (shape, dtype, spec) with the operands' mesh and manual axes (check_vma)."""
     core.standard_vma_rule(name, *operands)
     mesh = operands[0].sharding.mesh
-    specs = _result_specs(name, operands)
-    specs += [P(*[None] * len(shape)) for shape, _ in shapes[len(specs) :]]
     return tuple(
         ShapedArray(
             shape,
@@ -55,7 +46,7 @@ def result_avals(
             sharding=NamedSharding(mesh, spec),
             manual_axis_type=operands[0].manual_axis_type,
         )
-        for (shape, dtype), spec in zip(shapes, specs)
+        for shape, dtype, spec in results
     )
 
 

@@ -13,6 +13,7 @@ import functools
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from jax_flashattn import _compat
 from jax_flashattn._operands import Operands
@@ -29,13 +30,17 @@ def statistics_dtype(dtype) -> jnp.dtype:
 
 
 def rows_abstract(name: str, *operands, spec):
-    """Types of what has one vector and one number for each row: out and lse, or their tangents."""
+    """Types of what has one vector and one number for each row: out and lse, or their tangents.
+
+    In explicit sharding mode they lie as the rows do, and gradients as what they are of.
+    """
     del spec
     query, _, value = operands[:3]
     b, sq, hq, _ = query.shape
+    at_b, at_s, at_h, _ = query.sharding.spec
     results = [
-        ((b, sq, hq, value.shape[3]), query.dtype),
-        ((b, hq, sq), statistics_dtype(query.dtype)),
+        ((b, sq, hq, value.shape[3]), query.dtype, P(at_b, at_s, at_h, None)),
+        ((b, hq, sq), statistics_dtype(query.dtype), P(at_b, at_h, at_s)),
     ]
     return _compat.result_avals(name, operands, results)
 
@@ -48,7 +53,8 @@ for _primitive in (flash_forward_p, flash_tangent_p):
 def _backward_abstract(*operands, spec):
     del spec
     given = dict(zip(Operands._fields, operands))  # dout, lse and delta follow
-    results = [(given[n].shape, given[n].dtype) for n in ("query", "key", "value", "bias")]
+    of = [given[n] for n in ("query", "key", "value", "bias")]
+    results = [(x.shape, x.dtype, x.sharding.spec) for x in of]
     return _compat.result_avals("flash_backward", operands, results)
 
 

@@ -74,8 +74,8 @@ def flash_attention(
         the backward.
       return_lse: also return the log-sum-exp of each row's scores.
       differentiation: "reverse" for jax.grad; "forward" for jax.jvp, linearize and jacfwd, and for
-        grad too, also of losses that hold a jvp under stop_gradient (docs/transformations.md). Second
-        derivatives (Hessian-vector products) need implementation="reference".
+        grad too, also of losses that hold a jvp under stop_gradient (docs/transformations.md).
+        Second derivatives (Hessian-vector products) need implementation="reference".
       implementation: "kernel" (the default), or "reference": plain jax.numpy in O(sq sk) memory.
 
     Returns:
