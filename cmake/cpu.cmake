@@ -16,7 +16,7 @@ endif()
 
 set(CPU_OBJECTS "")
 foreach(isa IN LISTS CPU_ISAS)
-  add_library(cpu_${isa} OBJECT csrc/cpu/forward.cc csrc/cpu/backward.cc)
+  add_library(cpu_${isa} OBJECT csrc/cpu/forward.cc csrc/cpu/backward.cc csrc/cpu/tangent.cc)
   target_include_directories(cpu_${isa} PRIVATE csrc)
   target_compile_definitions(cpu_${isa} PRIVATE FLASH_ISA=${isa})
   target_compile_options(cpu_${isa} PRIVATE ${KERNEL_FLAGS} ${CPU_FLAGS_${isa}})

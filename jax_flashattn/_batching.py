@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from jax_flashattn import _partition
 from jax_flashattn._compat import batching
+from jax_flashattn._derivatives import SECOND_DERIVATIVE, second_derivative_p
 from jax_flashattn._operands import is_absent
-from jax_flashattn._primitives import flash_backward_p, flash_forward_p
+from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_tangent_p
 
 
 def _batch(primitive, names, operands, dims, *, spec):
@@ -20,12 +21,13 @@ def _batch(primitive, names, operands, dims, *, spec):
         x = x[:, None] if dim is None else jnp.moveaxis(x, dim, 1)
         return jnp.broadcast_to(x, (b, size, *x.shape[2:])).reshape(b * size, *x.shape[2:])
 
+    # Only a gradient, or a tangent of its own, needs the slices of a shared bias apart.
+    biases = [(x, d) for name, x, d in zip(operand_names, operands, dims) if name == "bias"]
+    whole = "bias" not in result_names and all(d is None and x.shape[0] == 1 for x, d in biases)
     folded = [
-        # Only a gradient needs the slices of a shared bias apart.
-        x if name == "bias" and dim is None and x.shape[0] == 1 and "bias" not in result_names
-        else fold(x, dim)
+        x if name == "bias" and whole else fold(x, dim)
         for name, x, dim in zip(operand_names, operands, dims)
-    ]  # fmt: skip
+    ]
     results = primitive.bind(*folded, spec=spec)
     results = [x.reshape(b, size, *x.shape[1:]) for x in results]
     if "bias" in result_names:
@@ -41,5 +43,7 @@ def _batch(primitive, names, operands, dims, *, spec):
 for _primitive, _names in (
     (flash_forward_p, _partition.FORWARD),
     (flash_backward_p, _partition.BACKWARD),
+    (flash_tangent_p, _partition.TANGENT),
+    (second_derivative_p, SECOND_DERIVATIVE),
 ):
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive, _names)

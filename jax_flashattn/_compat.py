@@ -12,11 +12,11 @@ from jax._src.custom_partitioning_sharding_rule import (
 )
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Primitive", "ShapedArray", "batching", "mlir"]
+__all__ = ["Primitive", "ShapedArray", "ad", "batching", "mlir"]
 
 
 def make_primitive(name: str) -> Primitive:

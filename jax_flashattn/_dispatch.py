@@ -17,6 +17,7 @@ SM90_FORWARD_TILES = {
     192: (128, 96),
     256: (128, 80),
 }
+SM90_SHAPED_FORWARD_TILES = SM90_FORWARD_TILES | {64: (128, 128)}  # with softcap, ALiBi, dropout
 # The same of the backward: TunedBackward of cuda/sm90/backward.cu.
 SM90_BACKWARD_TILES = {
     64: (128, 128),
@@ -75,34 +76,37 @@ def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
 
 def cuda_forward(call: Call, capability: str) -> Kernel:
     """The Hopper kernel if it fits, else the plain one."""
-    return _cuda_kernel("forward", call, call.features, SM90_FORWARD_TILES, capability)
+    shaped = {"softcap", "alibi_slopes", "dropout"} & set(call.features)
+    tiles = SM90_SHAPED_FORWARD_TILES if shaped else SM90_FORWARD_TILES
+    return _cuda_kernel("forward", call, tiles, capability)
 
 
 def cuda_backward(call: Call, capability: str) -> Kernel:
-    """Likewise; sinks are in its lse."""
-    features = tuple(x for x in call.features if x != "sinks")
-    return _cuda_kernel("backward", call, features, SM90_BACKWARD_TILES, capability)
+    """Likewise."""
+    few = call.sq <= 32 and call.sk <= 1024
+    notes = ("a few rows would fill few of the tensor-core kernel's tiles",) if few else ()
+    return _cuda_kernel("backward", call, SM90_BACKWARD_TILES, capability, notes)
 
 
 def _cuda_kernel(
-    which: str, call: Call, features: tuple[str, ...], tiles: dict, capability: str
+    which: str, call: Call, tiles: dict, capability: str, notes: tuple[str, ...] = ()
 ) -> Kernel:
     refusals = []
     if call.dtype not in CUDA_DTYPES:
         wanted = " or ".join(CUDA_DTYPES)
         refusals.append(f"CUDA kernels take {wanted}, not {call.dtype}: cast the inputs")
-    if "bias" in features:
+    if "bias" in call.features:
         refusals.append("CUDA kernels take no bias yet: implementation='reference' does")
     if refusals:
         return Kernel(None, notes=tuple(refusals))
-    if notes := _why_plain(call, features, capability):
+    if notes := (*_why_plain(call, capability), *notes):
         return Kernel(f"cuda plain {which}, {call.dtype}", None, notes)
     width = max(call.d, call.dv)
     instance = next(limit for limit in tiles if width <= limit)
     return Kernel(f"cuda sm90 {which}, head dim {instance}, {call.dtype}", tiles[instance])
 
 
-def _why_plain(call: Call, features: tuple[str, ...], capability: str) -> tuple[str, ...]:
+def _why_plain(call: Call, capability: str) -> tuple[str, ...]:
     """What keeps a call from the tensor-core kernels."""
     notes = []
     if capability != SM90:
@@ -116,8 +120,6 @@ def _why_plain(call: Call, features: tuple[str, ...], capability: str) -> tuple[
                 f"the tensor-core kernel needs head dims that are multiples of 8, {name} is "
                 f"{width}: pad to {width + -width % 8} (and keep scale)"
             )
-    if features:
-        notes.append(f"the tensor-core kernel has no {', '.join(features)} yet")
     if call.sk == 0:
         notes.append("the tensor-core kernel needs at least one key")
     if call.b * call.hq * -(-call.sq // 64) >= 2**31 - 1:

@@ -13,7 +13,7 @@ from jax import ShapeDtypeStruct
 from jax_flashattn import _compat, _native, _partition
 from jax_flashattn._compat import mlir
 from jax_flashattn._operands import Operands, is_absent, statistics_dtype
-from jax_flashattn._primitives import flash_backward_p, flash_forward_p
+from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_tangent_p
 
 _CUDA_DTYPES = ("bfloat16", "float16")
 
@@ -24,7 +24,7 @@ def _scratch(platform: str, target: str, query, key, value) -> dict[str, ShapeDt
         return {"accumulators": _accumulators(query, key, value)}
     if platform == "CUDA" and target == _native.FORWARD:
         return {"counter": ShapeDtypeStruct((query.shape[0], key.shape[2], 1), jnp.int32)}
-    if platform == "CUDA":
+    if platform == "CUDA" and target == _native.BACKWARD:
         return {"workspace": _workspace(query, key, value)}
     return {}
 
@@ -152,3 +152,4 @@ def _register(primitive, target: str, names) -> None:
 
 _register(flash_forward_p, _native.FORWARD, _partition.FORWARD)
 _register(flash_backward_p, _native.BACKWARD, _partition.BACKWARD)
+_register(flash_tangent_p, _native.TANGENT, _partition.TANGENT)

@@ -11,6 +11,7 @@ import jax
 
 FORWARD = "jax_flashattn_forward"
 BACKWARD = "jax_flashattn_backward"
+TANGENT = "jax_flashattn_tangent"
 
 modules: dict[str, ModuleType] = {}
 problems: dict[str, str] = {}
@@ -25,11 +26,12 @@ def _load(name: str, platform: str) -> None:
     modules[platform] = module
     jax.ffi.register_ffi_target(FORWARD, module.forward(), platform=platform)
     jax.ffi.register_ffi_target(BACKWARD, module.backward(), platform=platform)
+    jax.ffi.register_ffi_target(TANGENT, module.tangent(), platform=platform)
 
 
 _load("_cpu", "cpu")
 _load("_cuda", "CUDA")
-for _target in (FORWARD, BACKWARD):
+for _target in (FORWARD, BACKWARD, TANGENT):
     jax.ffi.register_ffi_target_as_batch_partitionable(_target)
 
 

@@ -52,6 +52,10 @@ BACKWARD = (
     (*Operands._fields, "out", "statistic", "statistic"),
     ("query", "key", "value", "bias"),
 )
+TANGENT = (
+    (*Operands._fields, "out", "statistic", "query", "key", "value", "bias", "statistic"),
+    ("out", "statistic"),
+)
 
 
 def present(names: tuple[str, ...], avals) -> tuple[str, ...]:

@@ -1,11 +1,15 @@
-"""The two primitives, in the user's layout.
+"""The three primitives, in the user's layout.
 
-  flash_forward   *Operands                     -> out, lse
-  flash_backward  *Operands, dout, lse, delta   -> dq, dk, dv, dbias
+  flash_forward   *Operands                                     -> out, lse
+  flash_backward  *Operands, dout, lse, delta                   -> dq, dk, dv, dbias
+  flash_tangent   *Operands, out, lse, dq, dk, dv, dbias, dsink -> dout, dlse
 
+A d is a cotangent for flash_backward and a tangent for flash_tangent.
 Operands are all of Operands.flat(), so the call has one signature; absent ones have last dimension
-0. out and dout are [b, sq, hq, dv], lse and delta [b, hq, sq].
+0. out and dout are [b, sq, hq, dv]; lse, delta, dsink and dlse [b, hq, sq].
 """
+
+import functools
 
 from jax import Array
 
@@ -15,19 +19,24 @@ from jax_flashattn._spec import AttentionSpec
 
 flash_forward_p = _compat.make_primitive("flash_forward")
 flash_backward_p = _compat.make_primitive("flash_backward")
+flash_tangent_p = _compat.make_primitive("flash_tangent")
 
 
-@flash_forward_p.def_abstract_eval
-def _forward_abstract(*operands, spec):
+def rows_abstract(name: str, *operands, spec):
+    """Types of what has one vector and one number for each row: out and lse, or their tangents."""
     del spec
     query, _, value = operands[:3]
     b, sq, hq, _ = query.shape
-    on_b, on_s, on_h, _ = _compat.axes_of(query)  # the output lies as its rows do
+    on_b, on_s, on_h, _ = _compat.axes_of(query)  # in explicit sharding mode they lie as rows do
     results = [
         ((b, sq, hq, value.shape[3]), query.dtype, (on_b, on_s, on_h, None)),
         ((b, hq, sq), statistics_dtype(query.dtype), (on_b, on_h, on_s)),
     ]
-    return _compat.result_avals("flash_forward", operands, results)
+    return _compat.result_avals(name, operands, results)
+
+
+for _primitive in (flash_forward_p, flash_tangent_p):
+    _primitive.def_abstract_eval(functools.partial(rows_abstract, _primitive.name))
 
 
 @flash_backward_p.def_abstract_eval
@@ -54,3 +63,19 @@ def flash_backward(
     inputs = _compat.match_varying([*given.flat(), dout, lse, delta])
     dq, dk, dv, dbias = flash_backward_p.bind(*inputs, spec=spec)
     return dq, dk, dv, dbias
+
+
+def flash_tangent(
+    operands: Operands,
+    out: Array,
+    lse: Array,
+    tangents: Operands,
+    dsink: Array,
+    spec: AttentionSpec,
+) -> tuple[Array, Array]:
+    """Tangents of output and lse; dsink is what the tangents of the sinks add to that of lse."""
+    given = operands._replace(sinks=None)  # they are in lse and dsink
+    dq, dk, dv, *_, dbias = tangents.flat()
+    inputs = _compat.match_varying([*given.flat(), out, lse, dq, dk, dv, dbias, dsink])
+    dout, dlse = flash_tangent_p.bind(*inputs, spec=spec)
+    return dout, dlse

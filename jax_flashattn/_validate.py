@@ -213,10 +213,8 @@ def check_implementation(implementation: Any) -> None:
 
 
 def check_differentiation(differentiation: Any) -> None:
-    """Only "reverse" has kernels yet."""
+    """One of "reverse" and "forward"."""
     if differentiation not in ("reverse", "forward"):
         raise ValueError(
             f"differentiation must be 'reverse' or 'forward', got {differentiation!r}."
         )
-    if differentiation == "forward":
-        raise NotImplementedError("flash_attention does not support differentiation='forward' yet.")

@@ -6,12 +6,15 @@ import jax
 from jax import Array
 
 from jax_flashattn import _validate
-from jax_flashattn._attention import attention
+from jax_flashattn._attention import attention, forward_attention
 from jax_flashattn._reference import reference_attention
 from jax_flashattn.masks import IntervalMask
 
 # Jitted so that an eager call is one compiled program; within a jit they are inlined.
-_kernel = jax.jit(attention, static_argnums=1)
+_kernels = {
+    "reverse": jax.jit(attention, static_argnums=1),
+    "forward": jax.jit(forward_attention, static_argnums=1),
+}
 _reference = jax.jit(reference_attention, static_argnums=1)
 
 
@@ -70,7 +73,9 @@ def flash_attention(
       deterministic: ask for a bitwise repeatable backward. The forward always is, and on CPU so is
         the backward.
       return_lse: also return the log-sum-exp of each row's scores.
-      differentiation: only "reverse" yet.
+      differentiation: "reverse" for jax.grad; "forward" for jax.jvp, linearize and jacfwd, and for
+        grad too, also of losses that hold a jvp under stop_gradient (docs/transformations.md).
+        Second derivatives (Hessian-vector products) need implementation="reference".
       implementation: "kernel" (the default), or "reference": plain jax.numpy in O(sq sk) memory.
 
     Returns:
@@ -112,6 +117,6 @@ def flash_attention(
         dropout_key=dropout_key,
         deterministic=deterministic,
     )
-    run = _reference if implementation == "reference" else _kernel
+    run = _reference if implementation == "reference" else _kernels[differentiation]
     out, lse = run(operands, spec)
     return (out, lse) if return_lse else out

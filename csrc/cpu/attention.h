@@ -23,6 +23,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&, Executor&);
   void (*backward)(const BackwardParams&, Executor&);
+  void (*tangent)(const TangentParams&, Executor&);
 };
 
 // The best kernels this CPU runs; JAX_FLASHATTN_CPU_ISA=<name> asks for a lesser set by name.

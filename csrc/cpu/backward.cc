@@ -12,8 +12,6 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int64_t kMostTiles = 4;
-
 template <class M>
 struct BackwardBuffers {
   using T = typename M::T;

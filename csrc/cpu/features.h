@@ -57,10 +57,10 @@ inline Vec<Acc> load_bias(const Storage* p, int64_t stride, int64_t count) {
   return v;
 }
 
-template <class Acc, class Storage>
-inline void pack_bias_of(const TileFeatures<Acc>& t, const Rows& rows, int64_t b, int64_t g) {
+template <class Storage, class Acc>
+inline void pack_bias_of(const TileFeatures<Acc>& t, const Bias& bias, Acc factor, const Rows& rows,
+                         int64_t b, int64_t g, Acc* to) {
   constexpr int L = kLanes<Acc>;
-  const Bias& bias = t.f.bias;
   const auto* data = static_cast<const Storage*>(bias.data) + b * bias.b + g * bias.g;
   for (int l0 = 0; l0 < rows.count; l0 += L) {
     for (int64_t j = 0; j < t.count; j += L) {
@@ -72,16 +72,17 @@ inline void pack_bias_of(const TileFeatures<Acc>& t, const Rows& rows, int64_t b
       }
       transpose<Acc>(square);
       for (int u = 0; u < min64(L, t.count - j); ++u)
-        store(t.bias + (j + u) * kRows + l0, square[u] * static_cast<Acc>(kLog2e));
+        store(to + (j + u) * kRows + l0, square[u] * factor);
     }
   }
 }
 
-// Transposes the tile's biases.
+// The tile's part of a bias or its tangent, transposed, times a factor, to [kTileKeys][kRows].
 template <class Storage, class Acc>
-inline void pack_bias(const TileFeatures<Acc>& t, const Rows& rows, int64_t b, int64_t g) {
-  if (t.f.bias.dtype == DType::kF32) return pack_bias_of<Acc, float>(t, rows, b, g);
-  pack_bias_of<Acc, Storage>(t, rows, b, g);
+inline void pack_bias(const TileFeatures<Acc>& t, const Bias& bias, Acc factor, const Rows& rows,
+                      int64_t b, int64_t g, Acc* to) {
+  if (bias.dtype == DType::kF32) return pack_bias_of<float>(t, bias, factor, rows, b, g, to);
+  pack_bias_of<Storage>(t, bias, factor, rows, b, g, to);
 }
 
 // The two words a column's calls have for each row; even and odd rows go separately.
@@ -132,7 +133,7 @@ inline void draw_keep(const TileFeatures<Acc>& t, int rows) {
 // Everything that a tile needs before its scores are touched.
 template <class Storage, class Acc>
 inline void prepare_tile(const TileFeatures<Acc>& t, const Rows& rows, int64_t b, int64_t g) {
-  if (t.f.bias.data) pack_bias<Storage>(t, rows, b, g);
+  if (t.f.bias.data) pack_bias<Storage>(t, t.f.bias, Acc(kLog2e), rows, b, g, t.bias);
   if (t.f.dropout) draw_keep(t, rows.count);
 }
 

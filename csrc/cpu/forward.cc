@@ -12,8 +12,6 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int64_t kMostTiles = 4;
-
 template <class M>
 struct ForwardBuffers {
   using T = typename M::T;
@@ -207,14 +205,6 @@ inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const R
                                    t.probability, kRows * D, t.out, kRows, t.correction);
 }
 
-// How many tiles of rows share one packed tile of keys: what stays in the L2 cache, and leaves
-// enough tasks for many threads. Results do not depend on it beyond where key tiles begin.
-inline int64_t tiles_per_task(const Sizes& n, int64_t tiles) {
-  constexpr int64_t kTasks = 32, kBytes = 256 * 1024;
-  const int64_t fit = kBytes / ((n.d + n.dv) * kRows * 4);
-  return clamp<int64_t>(n.b * n.g * tiles / kTasks, 1, clamp<int64_t>(fit, 1, kMostTiles));
-}
-
 template <class Storage, bool kFeatured>
 void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t g, int64_t first,
                    int64_t tiles) {
@@ -266,7 +256,7 @@ void forward_typed(const ForwardParams& p, Executor& executor) {
     int64_t tiles, per_task, groups;
   } x{p, RowMap(p.n), 0, 0, 0};
   x.tiles = x.map.tiles();
-  x.per_task = tiles_per_task(p.n, x.tiles);
+  x.per_task = tiles_per_task(p.n, x.tiles, p.n.d + p.n.dv);
   x.groups = ceil_div(x.tiles, x.per_task);
   // Last rows first: under a causal mask they are the longest.
   executor.run(

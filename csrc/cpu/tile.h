@@ -55,6 +55,17 @@ struct RowMap {
   int64_t tiles() const { return ceil_div(r * pitch, kRows); }
 };
 
+constexpr int64_t kMostTiles = 4;  // of rows, in a task
+
+// How many tiles of rows share one packed tile of keys, where a task only writes rows: what stays
+// in the L2 cache, with `width` accumulators a row, and leaves enough tasks for many threads.
+// Results do not depend on it beyond where key tiles begin.
+inline int64_t tiles_per_task(const Sizes& n, int64_t tiles, int64_t width) {
+  constexpr int64_t kTasks = 32, kBytes = 256 * 1024;
+  const int64_t fit = kBytes / (width * kRows * 4);
+  return clamp<int64_t>(n.b * n.g * tiles / kTasks, 1, clamp<int64_t>(fit, 1, kMostTiles));
+}
+
 struct Rows {
   int count;            // lanes in use, up to the last real row
   int64_t head[kRows];  // -1: no row in this lane

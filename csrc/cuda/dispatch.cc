@@ -89,4 +89,8 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   return plain::backward(p, stream);
 }
 
+std::string tangent(const TangentParams& p, cudaStream_t stream) {
+  return plain::tangent(p, stream);
+}
+
 }  // namespace jax_flashattn::cuda

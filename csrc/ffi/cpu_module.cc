@@ -102,6 +102,16 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::Remai
   return ffi::Error::Success();
 }
 
+ffi::Error tangent(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
+  TangentParams p;
+  if (auto e = decode_tangent({attributes, operands, results}, &p); e.failure()) return e;
+  if (!cpu::kernels().tangent) return no_kernels();
+  PoolExecutor executor(pool);
+  cpu::kernels().tangent(p, executor);
+  return ffi::Error::Success();
+}
+
 XLA_FFI_DEFINE_HANDLER(
     kForward, forward,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
@@ -110,11 +120,16 @@ XLA_FFI_DEFINE_HANDLER(
     kBackward, backward,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
 
+XLA_FFI_DEFINE_HANDLER(
+    kTangent, tangent,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("forward", [] { return pybind11::capsule(reinterpret_cast<void*>(kForward)); });
   m.def("backward", [] { return pybind11::capsule(reinterpret_cast<void*>(kBackward)); });
+  m.def("tangent", [] { return pybind11::capsule(reinterpret_cast<void*>(kTangent)); });
   m.def("instruction_set", []() -> const char* { return cpu::kernels().name; });
 }
 

@@ -1,4 +1,4 @@
-// The CUDA extension module: the same two handlers as cpu_module.cc, on a stream.
+// The CUDA extension module: the same three handlers as cpu_module.cc, on a stream.
 //
 // It links cudart statically and no libcuda: it imports on a machine without a driver.
 #include <pybind11/pybind11.h>
@@ -52,6 +52,14 @@ ffi::Error backward(cudaStream_t stream, ffi::Dictionary attributes, ffi::Remain
   return launched(cuda::backward(p, stream));
 }
 
+ffi::Error tangent(cudaStream_t stream, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
+  TangentParams p;
+  if (auto e = decode_tangent({attributes, operands, results}, &p); e.failure()) return e;
+  if (p.features.bias.data) return no_bias();
+  return launched(cuda::tangent(p, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kForward, forward,
                        ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -60,11 +68,16 @@ XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                        ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kTangent, tangent,
+                       ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("forward", [] { return pybind11::capsule(reinterpret_cast<void*>(kForward)); });
   m.def("backward", [] { return pybind11::capsule(reinterpret_cast<void*>(kBackward)); });
+  m.def("tangent", [] { return pybind11::capsule(reinterpret_cast<void*>(kTangent)); });
 }
 
 }  // namespace jax_flashattn

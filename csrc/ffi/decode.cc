@@ -46,7 +46,8 @@ bool to_dtype(ffi::DataType type, DType* out) {
 
 using Dims = std::vector<int64_t>;
 
-// Operands that both passes share; the backward has dout, lse and delta behind them.
+// Operands that all passes share. Behind them the backward has dout, lse, delta; the tangent out,
+// lse, dq, dk, dv, dbias, dsink.
 enum Operand : size_t {
   kQuery,
   kKey,
@@ -204,7 +205,7 @@ ffi::Error decode_mask(const Call& call, const Form& form, MaskSource* m) {
   return ffi::Error::Success();
 }
 
-// Everything both passes have. The backward has `more` operands.
+// Everything all passes have, and how many operands one has besides.
 template <class Params>
 ffi::Error decode_operands(const Call& call, size_t more, size_t results, Params* p, Form* form) {
   if (call.operands.size() != kOperands + more || call.results.size() < results)
@@ -306,6 +307,38 @@ ffi::Error decode_backward(const Call& call, BackwardParams* p) {
   p->lse = lse.untyped_data();
   p->delta = delta.untyped_data();
   return ffi::Error::Success();
+}
+
+ffi::Error decode_tangent(const Call& call, TangentParams* p) {
+  Form form;
+  if (auto e = decode_operands(call, 7, kTangentResults, p, &form); e.failure()) return e;
+  const Sizes& n = p->n;
+  const auto type = operand(call, kQuery).element_type(), statistics = statistics_type(p->dtype);
+  const struct {
+    const char* name;
+    size_t index;
+    Dims dims;
+    ffi::DataType type;
+    const void** data;
+  } inputs[] = {
+      {"out", kOperands, form.rows(n.dv), type, &p->out},
+      {"lse", kOperands + 1, form.statistic(), statistics, &p->lse},
+      {"dq", kOperands + 2, form.rows(n.d), type, &p->dq},
+      {"dk", kOperands + 3, form.keys(n.d), type, &p->dk},
+      {"dv", kOperands + 4, form.keys(n.dv), type, &p->dv},
+      {"dsink", kOperands + 6, form.statistic(), statistics, &p->dsink},
+  };
+  for (const auto& input : inputs) {
+    const auto buffer = operand(call, input.index);
+    if (auto e = expect(input.name, buffer, input.dims, input.type); e.failure()) return e;
+    *input.data = buffer.untyped_data();
+  }
+  const auto dbias = operand(call, kOperands + 5);
+  if (absent(dbias) != absent(operand(call, kBias)))
+    return invalid("bias and its tangent must be given together");
+  if (auto e = decode_bias(dbias, form, type, &p->dbias); e.failure()) return e;
+  if (auto e = output(call, 0, "dout", form.rows(n.dv), type, &p->dout); e.failure()) return e;
+  return output(call, 1, "dlse", form.statistic(), statistics, &p->dlse);
 }
 
 }  // namespace jax_flashattn

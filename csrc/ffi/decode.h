@@ -20,9 +20,11 @@ struct Call {
 };
 constexpr size_t kForwardResults = 2;   // out, lse
 constexpr size_t kBackwardResults = 4;  // dq, dk, dv, dbias
+constexpr size_t kTangentResults = 2;   // dout, dlse
 
 xla::ffi::Error decode_forward(const Call& call, ForwardParams* p);
 xla::ffi::Error decode_backward(const Call& call, BackwardParams* p);
+xla::ffi::Error decode_tangent(const Call& call, TangentParams* p);
 
 // The result at this position; fails if the call has fewer.
 xla::ffi::ErrorOr<xla::ffi::AnyBuffer> result(const Call& call, size_t index);

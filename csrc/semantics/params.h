@@ -130,7 +130,21 @@ struct BackwardParams {
   int64_t parts;
 };
 
-// Whether a call is scale and mask alone: what kernels without features can run.
+// Forward mode: q, k, v have tangents dq, dk, dv, and so on; out and lse are those of the forward.
+struct TangentParams {
+  Sizes n;
+  DType dtype;
+  MaskSource mask;
+  Features features;
+  double scale;
+  const void *q, *k, *v, *out, *lse;
+  const void *dq, *dk, *dv;
+  Bias dbias;         // of features.bias; none without one
+  const void* dsink;  // [b, g, r, sq]: what the tangent of a sink adds to that of lse
+  void *dout, *dlse;  // lse, dsink, dlse: float, or double for kF64
+};
+
+// Whether a call is scale and mask alone: the CPU kernels' plain instance.
 template <class Params>
 bool plain_features(const Params& p) {
   const Features& f = p.features;

@@ -5,6 +5,7 @@ the CPU instead, to test the tests.
 """
 
 import concurrent.futures
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from support.case import Case, cases
 from support.check import GRADIENTS, check_case, check_results, execute, jitted
 from support.compare import assert_bitwise, assert_same_numbers
 from support.data import make_problem
+from support.tangent import check_tangents
 
 from jax_flashattn import _native, flash_attention
 
@@ -52,6 +54,11 @@ def put(platform, *arrays):
 @cases(*(case.replace(dtype=dtype) for case in GRID for dtype in DTYPES))
 def test_grid(case, platform):
     check_case(case, platform)
+
+
+@cases(*(c.replace(dtype=t) for c, t in zip(GRID[::3], itertools.cycle(DTYPES))))
+def test_tangents(case, platform):
+    check_tangents(case, platform)
 
 
 BASE = Case(b=2, sq=300, sk=260, hq=8, hk=2, d=64, dv=64, dtype="bfloat16", dlse=True)

@@ -4,6 +4,7 @@ import re
 
 FORWARD = "jax_flashattn_forward"
 BACKWARD = "jax_flashattn_backward"
+TANGENT = "jax_flashattn_tangent"
 
 
 def compiled_text(function, *args) -> str:
@@ -16,9 +17,14 @@ def count_calls(text: str, target: str) -> int:
     return text.count(f'custom_call_target="{target}"')
 
 
-def assert_kernels(text: str, forward: int | None = None, backward: int | None = None) -> None:
+def assert_kernels(
+    text: str,
+    forward: int | None = None,
+    backward: int | None = None,
+    tangent: int | None = None,
+) -> None:
     """The program runs our kernels: this often, or at least once."""
-    for target, wanted in ((FORWARD, forward), (BACKWARD, backward)):
+    for target, wanted in ((FORWARD, forward), (BACKWARD, backward), (TANGENT, tangent)):
         have = count_calls(text, target)
         if wanted is None:
             continue

@@ -31,6 +31,7 @@ def isa(out: str, argument: str) -> None:
     """The instruction set in use; checks a small grid with it, or keeps the error of a call."""
     from support import grids
     from support.check import check_case
+    from support.tangent import check_tangents
 
     from jax_flashattn import _native, flash_attention
 
@@ -54,14 +55,18 @@ def isa(out: str, argument: str) -> None:
         for case in sample[::4]:
             for dtype in ("float16", "float64"):
                 check_case(case.replace(dtype=dtype))
+            for dtype in ("float32", "bfloat16", "float16", "float64"):
+                check_tangents(case.replace(dtype=dtype))
         spoiled = grids.LENGTHS[1].replace(lengths_q=(66, 3, 0, 64), poison="invisible")
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             check_case(spoiled.replace(dtype=dtype))
+            check_tangents(spoiled.replace(dtype=dtype))
     np.savez(out, name=str(name), error=error)
 
 
 def results(out: str, argument: str) -> None:
-    """Value and gradients of a few large cases, and how many threads the pool has."""
+    """Value, gradients and tangents of a few large cases, and how many threads the pool has."""
+    from support import tangent
     from support.case import Case
     from support.check import execute
     from support.data import make_problem
@@ -77,7 +82,9 @@ def results(out: str, argument: str) -> None:
     arrays = {}
     for n, case in enumerate(cases):
         problem = make_problem(case)
-        for name, x in execute(problem, problem.given).items():
+        moved = tangent.execute(problem, tangent.directions(problem)[1])
+        found = execute(problem, problem.given) | {n: moved[n] for n in ("dout", "dlse")}
+        for name, x in found.items():
             arrays[f"{name}{n}"] = np.ascontiguousarray(x).view(np.uint8)
     tasks = pathlib.Path("/proc/self/task")
     names = [(t / "comm").read_text().strip() for t in tasks.iterdir()] if tasks.exists() else []

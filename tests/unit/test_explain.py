@@ -27,17 +27,20 @@ def source(path: str) -> str:
 
 
 def test_tiles_are_those_of_the_kernels():
-    tuned = re.findall(
-        r"struct Tuned<T, (\d+)> : ForwardShape<T, (\d+), (\d+), (\d+),",
-        source("cuda/sm90/forward.cu"),
-    )
-    assert len(tuned) > 3
-    tiles = {int(d): (64 * int(groups), int(keys)) for d, _, groups, keys in tuned}
-    assert tiles == _dispatch.SM90_FORWARD_TILES
+    text = source("cuda/sm90/forward.cu")
+    for extent, table in (
+        ("kExtent", _dispatch.SM90_SHAPED_FORWARD_TILES),
+        ("Extent::kPlain", _dispatch.SM90_FORWARD_TILES),
+    ):
+        tuned = re.findall(rf"Tuned<T, (\d+), {extent}> : ForwardShape<T, \1, (\d+), (\d+),", text)
+        tiles = {int(d): (64 * int(groups), int(keys)) for d, groups, keys in tuned}
+        assert tiles
+        assert _dispatch.SM90_SHAPED_FORWARD_TILES | tiles == table
     assert (
         "using TunedBackward = BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, "
-        "kInTurn>;"
+        "kInTurn, kExtent>;"
     ) in source("cuda/sm90/backward.cu")
+    tiles = _dispatch.SM90_FORWARD_TILES
     backward = {d: (128 if d == 64 else 64, 128 if d <= 128 else 64) for d in tiles}
     assert backward == _dispatch.SM90_BACKWARD_TILES
     tile = source("cpu/tile.h")
@@ -57,14 +60,15 @@ def test_rules_are_those_of_the_dispatch():
     for rule in (
         "return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 && "
         "n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;",
-        "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && plain_features(p)) "
+        "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && knows_features(p)) "
         "return sm90_forward(",
         "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 && "
-        "plain_features(p)) return sm90_backward(",
+        "sm90::worth_tiles(p.n) && knows_features(p)) return sm90_backward(",
+        "return !p.features.bias.data && !(p.features.dropout && p.features.keys);",
     ):
         assert rule in text, f"csrc/cuda/dispatch.cc no longer says: {rule}"
-    plain = "return f.softcap == 0 && !f.slopes && !f.sinks && !f.bias.data && !f.dropout;"
-    assert plain in source("semantics/params.h")
+    few = "bool worth_tiles(const Sizes& n) { return n.sq > 32 || n.sk > 1024; }"
+    assert few in source("cuda/sm90/backward_workspace.h")
 
 
 # --- What it says ---
@@ -111,26 +115,32 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "forward", "backward"),
+    ("arguments", "rows"),
     [
-        ({"softcap": 3.0}, "plain", "plain"),
-        ({"alibi_slopes": shape(4, dtype=jnp.float32)}, "plain", "plain"),
-        ({"dropout_rate": 0.1, "dropout_key": KEY}, "plain", "plain"),
-        ({"dropout_rate": 0.1, "dropout_key": np.zeros(2, np.uint32)}, "plain", "plain"),
-        ({"sinks": shape(4, dtype=jnp.float32)}, "plain", "sm90"),
-        ({"softcap": 0.0, "dropout_rate": 1e-6, "dropout_key": KEY}, "sm90", "sm90"),
+        ({"softcap": 3.0}, 128),
+        ({"alibi_slopes": shape(4, dtype=jnp.float32)}, 128),
+        ({"dropout_rate": 0.1, "dropout_key": KEY}, 128),
+        ({"dropout_rate": 0.1, "dropout_key": np.zeros(2, np.uint32)}, 128),
+        ({"sinks": shape(4, dtype=jnp.float32)}, 192),
+        ({"softcap": 0.0, "dropout_rate": 1e-6, "dropout_key": KEY}, 192),
     ],
     ids=str,
 )
-def test_features(arguments, forward, backward):
-    """As C++'s plain_features: what changes nothing is no feature."""
-    page = explained(**arguments)
-    assert page.forward.kernel.startswith(f"cuda {forward} forward")
-    assert page.backward.kernel.startswith(f"cuda {backward} backward")
-    for one in (page.forward, page.backward):
-        name = next(iter(arguments)).removesuffix("_rate")
-        assert ("plain" in one.kernel) == any(name in note for note in one.notes), one.notes
+def test_features(arguments, rows):
+    """The tensor-core kernels know them; what changes the scores has an instance of its own."""
+    page = explained(64, **arguments)
+    assert page.forward.kernel.startswith("cuda sm90 forward")
+    assert page.backward.kernel.startswith("cuda sm90 backward")
+    assert page.forward.tile == (rows, 128)
     assert page.visible_pairs == 2 * 4 * 256 * 256
+
+
+def test_few_rows_take_the_plain_backward():
+    q, k = shape(2, 32, 4, 64), shape(2, 1024, 2, 64)
+    page = explain(q, k, k, platform="cuda")
+    assert page.forward.kernel.startswith("cuda sm90 forward")
+    assert page.backward.kernel.startswith("cuda plain backward")
+    assert "a few rows" in " ".join(page.backward.notes)
 
 
 def test_features_are_checked_as_in_the_call():

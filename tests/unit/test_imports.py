@@ -28,6 +28,7 @@ LAYERS = (
     {"_primitives", "_reference", "packing", "_pages"},
     {"passes"},
     {"bert_padding", "rotary"},
+    {"_derivatives"},
     {"_lowering", "_batching", "_attention"},
     {"api"},
     {"_torch_names", "_jax_masks"},

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.hlo import BACKWARD, FORWARD
+from support.hlo import BACKWARD, FORWARD, TANGENT
 
 from jax_flashattn import _native
 
@@ -47,6 +47,16 @@ BACKWARD_RESULTS = {
     "dbias": ((1, HQ, 1, SK), F32),
     "scratch": ((B, HK, 1, SK + 1, 32), F32),
 }
+TANGENT_INPUTS = INPUTS | {
+    "out": ((B, SQ, HQ, DV), F32),
+    "lse": ((B, HQ, SQ), F32),
+    "dq": ((B, SQ, HQ, D), F32),
+    "dk": ((B, SK, HK, D), F32),
+    "dv": ((B, SK, HK, DV), F32),
+    "dbias": ((1, HQ, 1, SK), F32),
+    "dsink": ((B, HQ, SQ), F32),
+}
+TANGENT_RESULTS = {"dout": ((B, SQ, HQ, DV), F32), "dlse": ((B, HQ, SQ), F32)}
 
 
 def _call(target, inputs, results, **attributes):
@@ -65,12 +75,13 @@ def _refuses(target, inputs, results, words, **attributes):
     assert not missing, f"{missing} not in {text}"
 
 
-def test_a_correct_call_runs_in_both_directions():
+def test_a_correct_call_runs():
     out, lse = _call(FORWARD, INPUTS, FORWARD_RESULTS)
     assert np.isfinite(out).all()
     assert np.isneginf(lse).all(), "lo = hi = 1 hides everything"
     results = _call(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS)
-    assert all(not np.asarray(x).any() for x in results[:4])
+    results = [*results[:4], *_call(TANGENT, TANGENT_INPUTS, TANGENT_RESULTS)]
+    assert all(not np.asarray(x).any() for x in results)
 
 
 FORWARD_WRONG = (
@@ -161,6 +172,37 @@ def test_backward_refuses(name, wrong, words):
 )
 def test_backward_refuses_results(name, wrong, words):
     _refuses(BACKWARD, BACKWARD_INPUTS, BACKWARD_RESULTS | {name: wrong}, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("query", ((B, SQ, HQ, D), BF16), ["key", "[2, 5, 2, 8]"]),
+        ("out", ((B, SQ, HQ, D), F32), ["out", "[2, 3, 4, 8]", "[2, 3, 4, 16]"]),
+        ("lse", ((B, SQ, HQ), F32), ["lse", "[2, 3, 4]", "[2, 4, 3]"]),
+        ("dq", ((B, SQ, HK, D), F32), ["dq", "[2, 3, 2, 8]", "[2, 3, 4, 8]"]),
+        ("dk", ((B, SK, HK, D), BF16), ["dk", "[2, 5, 2, 8]"]),
+        ("dv", ((B, SK, HK, D), F32), ["dv", "[2, 5, 2, 8]", "[2, 5, 2, 16]"]),
+        ("dbias", ((B, HQ, SQ, SQ), F32), ["bias", "[2, 4, 3, 3]", "[2, 4, 3, 5]"]),
+        ("dbias", ((B, 0), F32), ["bias and its tangent", "together"]),
+        ("dsink", ((B, HQ), F32), ["dsink", "[2, 4]", "[2, 4, 3]"]),
+    ],
+    ids=str,
+)
+def test_tangent_refuses(name, wrong, words):
+    _refuses(TANGENT, TANGENT_INPUTS | {name: wrong}, TANGENT_RESULTS, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("dout", ((B, SQ, HQ, D), F32), ["dout", "[2, 3, 4, 8]", "[2, 3, 4, 16]"]),
+        ("dlse", ((B, SQ, HQ), F32), ["dlse", "[2, 3, 4]", "[2, 4, 3]"]),
+    ],
+    ids=str,
+)
+def test_tangent_refuses_results(name, wrong, words):
+    _refuses(TANGENT, TANGENT_INPUTS, TANGENT_RESULTS | {name: wrong}, words)
 
 
 def test_a_call_of_another_version_is_refused():

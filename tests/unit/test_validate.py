@@ -137,7 +137,6 @@ SLOPES = jnp.ones(4)
         (ValueError, {"bias": jnp.zeros((6, 5))}, ["bias", "(2, 4, 6, 5)", "(6, 5)"]),
         (ValueError, {"bias": jnp.zeros((1, 2, 6, 5))}, ["bias", "(2, 4, 6, 5)", "(1, 2, 6, 5)"]),
         (TypeError, {"bias": [[1.0]]}, ["bias", "array", "list"]),
-        (NotImplementedError, {"differentiation": "forward"}, ["differentiation='forward'"]),
         (ValueError, {"differentiation": "both"}, ["differentiation", "'both'", "'reverse'"]),
         (ValueError, {"dropout_rate": 0.1}, ["dropout_rate 0.1", "dropout_key"]),
         (ValueError, {"dropout_rate": -0.1}, ["dropout_rate", "between 0 and 1", "-0.1"]),

@@ -1,8 +1,9 @@
 // Attention without tensor cores, for any GPU: slow, short, and a second opinion for fast kernels.
 //
-// A warp owns one query row (forward, dQ) or one key (dK, dV) and walks its counterparts 32 at a
-// time: lane l scores counterpart l, then the warp adds each one's vector, lanes across the head
-// dim. It touches visible pairs only, in fixed order: no NaN leaks (S13), bitwise repeatable (S14).
+// A warp owns one query row (forward, tangent, dQ) or one key (dK, dV) and walks its counterparts
+// 32 at a time: lane l scores counterpart l, then the warp adds each one's vector, lanes across the
+// head dim. It touches visible pairs only, in fixed order: no NaN leaks (S13), bitwise repeatable
+// (S14).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -164,6 +165,53 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(ForwardParam
   }
 }
 
+// Grid: warps over all query rows, strided. No shared memory. Writes dout and dlse of each row:
+//   dout = sum_j P (dS v + dv) - dlse out,  dlse = sum_j P dS.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) tangent_kernel(TangentParams p) {
+  const Sizes n = p.n;
+  const int lane = threadIdx.x % 32;
+  const auto array = [](const void* data) { return static_cast<const T*>(data); };
+  const int64_t rows = n.b * n.sq * n.g * n.r, warps = int64_t(gridDim.x) * kWarps;
+  for (int64_t x = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; x < rows; x += warps) {
+    const Place at = row_place(n, x);
+    const int64_t statistic = statistic_index(n, at);
+    const Interval row = row_interval(p.mask, n, at.b, static_cast<int32_t>(at.s));
+    const RowFeatures features(p, at);
+    const float lse = static_cast<const float*>(p.lse)[statistic];
+    float sum[kMostColumns] = {}, dlse = 0;
+    for (int64_t j0 = row.lo; j0 < row.hi; j0 += 32) {
+      const int64_t j = j0 + lane, y = key_index(n, at, j);
+      float probability = 0, weight = 0;  // of dv, of v
+      if (j < row.hi) {
+        const T *q = array(p.q) + x * n.d, *k = array(p.k) + y * n.d;
+        float steepness;
+        const float s = features.score(float(p.scale) * dot(q, k, n.d), j, &steepness);
+        const float ds = float(p.scale) * steepness *
+                         (dot(array(p.dq) + x * n.d, k, n.d) + dot(q, array(p.dk) + y * n.d, n.d));
+        probability = expf(s - lse);
+        weight = probability * ds;
+      }
+      dlse += warp_sum(weight);
+      if (j < row.hi) {
+        const float kept = features.kept(j);
+        probability = drop(probability, kept);
+        weight = drop(weight, kept);
+      }
+      for (int l = 0; l < 32 && j0 + l < row.hi; ++l) {
+        const int64_t at_value = key_index(n, at, j0 + l) * n.dv;
+        add_vector(sum, __shfl_sync(kAllLanes, weight, l), array(p.v) + at_value, n.dv, lane);
+        add_vector(sum, __shfl_sync(kAllLanes, probability, l), array(p.dv) + at_value, n.dv, lane);
+      }
+    }
+    const bool nothing = empty(row);  // S11
+    dlse = nothing ? 0.0f : dlse + static_cast<const float*>(p.dsink)[statistic];
+    if (!nothing) add_vector(sum, -dlse, array(p.out) + x * n.dv, n.dv, lane);
+    write_vector(sum, 1.0f, static_cast<T*>(p.dout) + x * n.dv, n.dv, lane);
+    if (lane == 0) static_cast<float*>(p.dlse)[statistic] = dlse;
+  }
+}
+
 struct ScoreGradient {
   float p, ds;
 };
@@ -281,6 +329,14 @@ std::string forward(const ForwardParams& p, cudaStream_t stream) {
 std::string backward(const BackwardParams& p, cudaStream_t stream) {
   if (p.dtype == DType::kBF16) return backward_typed<__nv_bfloat16>(p, stream);
   if (p.dtype == DType::kF16) return backward_typed<__half>(p, stream);
+  return unsupported();
+}
+
+std::string tangent(const TangentParams& p, cudaStream_t stream) {
+  const int64_t rows = p.n.b * p.n.sq * p.n.g * p.n.r;
+  if (p.dtype == DType::kBF16)
+    return launch("tangent", tangent_kernel<__nv_bfloat16>, p, rows, stream);
+  if (p.dtype == DType::kF16) return launch("tangent", tangent_kernel<__half>, p, rows, stream);
   return unsupported();
 }
 

@@ -11,5 +11,6 @@ namespace jax_flashattn::cuda::plain {
 
 std::string forward(const ForwardParams& p, cudaStream_t stream);
 std::string backward(const BackwardParams& p, cudaStream_t stream);
+std::string tangent(const TangentParams& p, cudaStream_t stream);
 
 }  // namespace jax_flashattn::cuda::plain

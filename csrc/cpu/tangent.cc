@@ -1,0 +1,308 @@
+// Tangents of the output and lse (forward-mode differentiation) for one instruction set.
+//
+// With the lse known no maximum is needed: one pass over the visible keys sums, for each row,
+//   dS = scale * (q . dk + dq . k) * softcap' + dbias,
+//   dlse = sum_j P dS + dsink,   dout = sum_j F P (dS v + dv) - dlse * out,
+// F the factor of dropout. Tasks, tiles and transposed scores are those of forward.cc; the products
+// are S^T = K Q^T,  dS^T = dK Q^T + K dQ^T,  dO^T += V^T (F P dS)^T + dV^T (F P)^T.
+//
+// kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in lse and dsink.
+#include "cpu/features.h"
+
+namespace jax_flashattn::cpu::FLASH_ISA {
+namespace {
+
+template <class M>
+struct TangentBuffers {
+  using T = typename M::T;
+  using Acc = typename M::Acc;
+  // Per tile of keys, used by one tile of rows after the other. A d is a tangent; `weight` is P,
+  // `dweight` P dS, as they meet the values.
+  T *key, *dkey, *value, *dvalue, *weight, *dweight;
+  Acc *score, *dscore;
+  // Per tile of rows.
+  T *query, *dquery;
+  Acc *out, *lse, *dlse;
+  // Of features.
+  Acc *bias, *dbias;
+  uint64_t* keep;
+  int64_t d, dv;
+
+  TangentBuffers(Arena& a, const Sizes& n, int64_t tiles)
+      : key(a.take<T>(kTileKeys * even(n.d))),
+        dkey(a.take<T>(kTileKeys * even(n.d))),
+        value(a.take<T>(kTileKeys * even(n.dv))),
+        dvalue(a.take<T>(kTileKeys * even(n.dv))),
+        score(a.take<Acc>(kTileKeys * kRows)),
+        dscore(a.take<Acc>(kTileKeys * kRows)),
+        query(a.take<T>(tiles * even(n.d) * kRows)),
+        dquery(a.take<T>(tiles * even(n.d) * kRows)),
+        out(a.take<Acc>(tiles * even(n.dv) * kRows)),
+        lse(a.take<Acc>(tiles * kRows)),
+        dlse(a.take<Acc>(tiles * kRows)),
+        bias(a.take<Acc>(kTileKeys * kRows)),
+        dbias(a.take<Acc>(kTileKeys * kRows)),
+        keep(a.take<uint64_t>(kTileKeys)),
+        d(even(n.d)),
+        dv(even(n.dv)) {
+    if constexpr (M::kDepth == 1) {  // in place
+      weight = score;
+      dweight = dscore;
+    } else {
+      weight = a.take<T>(kTileKeys * kRows);
+      dweight = a.take<T>(kTileKeys * kRows);
+    }
+  }
+  TangentBuffers of_tile(int64_t tile) const {
+    TangentBuffers t = *this;
+    t.query += tile * d * kRows;
+    t.dquery += tile * d * kRows;
+    t.out += tile * dv * kRows;
+    t.lse += tile * kRows;
+    t.dlse += tile * kRows;
+    return t;
+  }
+};
+
+// Probabilities from the given lse, and P dS, for one vector of rows; adds the latter to dlse.
+template <class M, bool kPartial, bool kFeatured>
+inline void score_tangents(const TangentBuffers<M>& t, const Rows& rows,
+                           const TileFeatures<typename M::Acc>& features, int vector, int64_t j0,
+                           int64_t count, typename M::Acc scale) {
+  using Acc = typename M::Acc;
+  const int at = vector * kLanes<Acc>;
+  const Acc c = features.scale;
+  LaneInts<Acc> lo{}, hi{};
+  if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
+  const Vec<Acc> lse = load(t.lse + at);
+  Vec<Acc> dlse = load(t.dlse + at);
+  [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes;
+  if constexpr (kFeatured) lanes = LaneFeatures<M>(features, vector);
+  const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* pds) {
+    const Vec<Acc> score = load(t.score + j * kRows + at);
+    Vec<Acc> ds = load(t.dscore + j * kRows + at) * scale;
+    if constexpr (kFeatured) {
+      Vec<Acc> steepness;
+      *p = exp2<M::kExpTerms>(lanes.score(score, j, &steepness) - lse);
+      ds *= steepness;
+      if (features.f.bias.data) ds += load(t.dbias + j * kRows + at);
+    } else {
+      *p = exp2<M::kExpTerms>(score * c - lse);
+    }
+    *pds = *p * ds;
+    if constexpr (kPartial) {
+      const auto sees = lanes_that_see(lo, hi, j);
+      *p = sees ? *p : Vec<Acc>{};
+      *pds = sees ? *pds : Vec<Acc>{};
+    }
+    dlse += *pds;
+    if constexpr (kFeatured) {
+      *p = lanes.kept(*p, j);
+      *pds = lanes.kept(*pds, j);
+    }
+  };
+  for (int64_t j = 0; j < count; j += M::kDepth) {
+    Vec<Acc> p[M::kDepth] = {}, pds[M::kDepth] = {};
+    for (int h = 0; h < M::kDepth && j + h < count; ++h) one(j + h, &p[h], &pds[h]);
+    if constexpr (M::kDepth == 1) {
+      store(t.weight + j * kRows + at, p[0]);
+      store(t.dweight + j * kRows + at, pds[0]);
+    } else {
+      store_rounded_pairs(t.weight + j * kRows + at * 2, p[0], p[1]);
+      store_rounded_pairs(t.dweight + j * kRows + at * 2, pds[0], pds[1]);
+    }
+  }
+  store(t.dlse + at, dlse);
+}
+
+// The products with values over visible pairs only (S13): a masked 0 must not meet a NaN or inf.
+template <class M, class Storage>
+inline void add_visible_values(const TangentBuffers<M>& t, const TangentParams& p, const Rows& rows,
+                               int64_t b, int64_t g, int64_t j0, int64_t count) {
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  for (int l = 0; l < rows.count; ++l) {
+    for (int64_t j = 0; j < count; ++j) {
+      if (!visible(rows.visible[l], j0 + j)) continue;
+      const int64_t at = (j / M::kDepth * kRows + l) * M::kDepth + j % M::kDepth;
+      const Acc weight = to_float(t.weight[at]), dweight = to_float(t.dweight[at]);
+      const int64_t row = ((b * n.sk + j0 + j) * n.g + g) * n.dv;
+      const Storage* value = static_cast<const Storage*>(p.v) + row;
+      const Storage* dvalue = static_cast<const Storage*>(p.dv) + row;
+      for (int64_t x = 0; x < n.dv; ++x)
+        t.out[x * kRows + l] += dweight * to_float(value[x]) + weight * to_float(dvalue[x]);
+    }
+  }
+}
+
+template <class M, class Storage>
+inline void pack_tile(const TangentParams& p, const TangentBuffers<M>& t, const Rows& rows,
+                      int64_t b, int64_t g) {
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  pack_columns<M>(static_cast<const Storage*>(p.q), rows, n, b, g, n.d, p.scale < 0, t.query);
+  pack_columns<M>(static_cast<const Storage*>(p.dq), rows, n, b, g, n.d, p.scale < 0, t.dquery);
+  for (int l = 0; l < kRows; ++l) {
+    const Acc lse =
+        rows.head[l] < 0
+            ? Acc(0)
+            : static_cast<const Acc*>(p.lse)[stat_offset(rows, n, b, g, l)] * Acc(kLog2e);
+    // S11: where a bias of -inf hides everything, exp2(-inf - inf) is the probability 0.
+    t.lse[l] = lse == -std::numeric_limits<Acc>::infinity() ? -lse : lse;
+  }
+  fill(t.dlse, kRows, Acc(0));
+  fill(t.out, even(n.dv) * kRows, Acc(0));
+}
+
+// What one tile of rows and one packed tile of keys add to the sums.
+template <class Storage, bool kFeatured, class M>
+inline void add_tile(const TangentBuffers<M>& t, const TangentParams& p, const Rows& rows,
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
+                     bool partial, int64_t j0, int64_t count) {
+  using Acc = typename M::Acc;
+  constexpr int D = M::kDepth;
+  const Sizes& n = p.n;
+  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
+  const auto scores = [&](auto start, const auto* keys, const auto* queries, Acc* to) {
+    matmul<M, false, decltype(start)::value>(even(count), vectors, ceil_div(n.d, D), keys,
+                                             even(n.d), queries, kRows * D, to, kRows);
+  };
+  using Zero = std::integral_constant<Start, Start::kZero>;
+  using Add = std::integral_constant<Start, Start::kAdd>;
+  scores(Zero{}, t.key, t.query, t.score);
+  scores(Zero{}, t.dkey, t.query, t.dscore);
+  scores(Add{}, t.key, t.dquery, t.dscore);
+  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b),
+                               j0,         count,    exponent_scale<Acc>(p.scale),
+                               t.bias,     t.keep};
+  if constexpr (kFeatured) {
+    prepare_tile<Storage>(tile, rows, b, g);
+    if (p.dbias.data) pack_bias<Storage>(tile, p.dbias, Acc(1), rows, b, g, t.dbias);
+  }
+  const Acc scale = static_cast<Acc>(p.scale < 0 ? -p.scale : p.scale);  // the query is flipped
+  for (int x = 0; x < vectors; ++x) {
+    if (partial)
+      score_tangents<M, true, kFeatured>(t, rows, tile, x, j0, count, scale);
+    else
+      score_tangents<M, false, kFeatured>(t, rows, tile, x, j0, count, scale);
+  }
+  const int64_t values = ceil_div(count, D) * D * even(n.dv);
+  if (partial && !(all_finite(t.value, values) && all_finite(t.dvalue, values)))
+    return add_visible_values<M, Storage>(t, p, rows, b, g, j0, count);
+  const auto add_values = [&](const auto* packed, const auto* weights) {
+    matmul<M, true, Start::kAdd>(even(n.dv), vectors, ceil_div(count, D), packed, even(n.dv) * D,
+                                 weights, kRows * D, t.out, kRows);
+  };
+  add_values(t.value, t.dweight);
+  add_values(t.dvalue, t.weight);
+}
+
+template <class M, class Storage>
+inline void write_rows(const TangentBuffers<M>& t, const TangentParams& p, const Rows& rows,
+                       int64_t b, int64_t g) {
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  const Acc kept = static_cast<Acc>(kept_scale(p.features));
+  Acc factor[kRows];
+  for (int l = 0; l < kRows; ++l) {
+    const bool nothing = empty(rows.visible[l]) ||  // S11
+                         t.lse[l] == std::numeric_limits<Acc>::infinity();
+    factor[l] = nothing ? Acc(0) : Acc(1);
+    if (rows.head[l] < 0) continue;
+    const int64_t at = stat_offset(rows, n, b, g, l);
+    const Acc dlse = nothing ? Acc(0) : t.dlse[l] + static_cast<const Acc*>(p.dsink)[at];
+    static_cast<Acc*>(p.dlse)[at] = dlse;
+    const Storage* out = static_cast<const Storage*>(p.out) + row_offset(rows, n, b, g, l, n.dv);
+    for (int64_t x = 0; x < n.dv; ++x)
+      t.out[x * kRows + l] = t.out[x * kRows + l] * kept - dlse * to_float(out[x]);
+  }
+  write_columns<Acc>(t.out, factor, rows, n, b, g, n.dv, static_cast<Storage*>(p.dout));
+}
+
+template <class Storage, bool kFeatured>
+void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t g, int64_t first,
+                   int64_t tiles) {
+  using M = typename MathOf<Storage>::type;
+  using Acc = typename M::Acc;
+  const Sizes& n = p.n;
+  const auto buffers = thread_buffers<TangentBuffers<M>>(n, tiles);
+  Rows rows[kMostTiles];
+  RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
+  TileLimits all = no_rows();
+  for (int64_t x = 0; x < tiles; ++x) {
+    rows[x] = tile_rows(map, n, p.mask, b, first + x);
+    if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+    all = unite(all, rows[x].limits);
+    pack_tile<M, Storage>(p, buffers.of_tile(x), rows[x], b, g);
+  }
+  for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
+    const int64_t count = min64(kTileKeys, all.max_hi - j0);
+    const auto keys = [&](const void* src, auto* to) {
+      pack_keys<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.d, to);
+    };
+    const auto values = [&](const void* src, auto* to) {
+      if constexpr (M::kDepth == 2)
+        pack_key_pairs<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.dv, to);
+      else
+        pack_keys<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.dv, to);
+    };
+    keys(p.k, buffers.key);
+    keys(p.dk, buffers.dkey);
+    values(p.v, buffers.value);
+    values(p.dv, buffers.dvalue);
+    for (int64_t x = 0; x < tiles; ++x) {
+      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
+      if (kind != TileClass::kSkip)
+        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g,
+                                     kind == TileClass::kPartial, j0,
+                                     min64(count, rows[x].limits.max_hi - j0));
+    }
+  }
+  for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
+}
+
+template <class Storage, bool kFeatured>
+void tangent_typed(const TangentParams& p, Executor& executor) {
+  struct Context {
+    const TangentParams& p;
+    RowMap map;
+    int64_t tiles, per_task, groups;
+  } x{p, RowMap(p.n), 0, 0, 0};
+  x.tiles = x.map.tiles();
+  x.per_task = tiles_per_task(p.n, x.tiles, 2 * p.n.d + p.n.dv);
+  x.groups = ceil_div(x.tiles, x.per_task);
+  // Last rows first: under a causal mask they are the longest.
+  executor.run(
+      p.n.b * p.n.g * x.groups, 5 * score_work(p.n),
+      [](void* data, int64_t index) {
+        const auto& x = *static_cast<const Context*>(data);
+        const int64_t heads = x.p.n.b * x.p.n.g;
+        const int64_t first = (x.groups - 1 - index / heads) * x.per_task, head = index % heads;
+        tangent_group<Storage, kFeatured>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
+                                          min64(x.per_task, x.tiles - first));
+      },
+      &x);
+}
+
+template <class Storage>
+void tangent_of(const TangentParams& p, Executor& executor) {
+  return plain_features(p) ? tangent_typed<Storage, false>(p, executor)
+                           : tangent_typed<Storage, true>(p, executor);
+}
+
+}  // namespace
+
+void tangent(const TangentParams& p, Executor& executor) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return tangent_of<f16>(p, executor);
+    case DType::kBF16:
+      return tangent_of<bf16>(p, executor);
+    case DType::kF32:
+      return tangent_of<float>(p, executor);
+    case DType::kF64:
+      return tangent_of<double>(p, executor);
+  }
+}
+
+}  // namespace jax_flashattn::cpu::FLASH_ISA
