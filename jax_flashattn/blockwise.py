@@ -192,8 +192,9 @@ def _over_pairs(plan: _Plan, query: Array, key: Array, body, state):
 
 def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
     """One pair of chunks: (query, key, value), and what lies between them as options of a pass."""
-    taken = lambda x: None if x is None else _take(x, row, plan.query_chunk)  # noqa: E731
-    see = IntervalMask(*map(taken, (rows.mask.lo, rows.mask.hi)))
+    see, position = jax.tree.map(
+        lambda x: _take(x, row, plan.query_chunk), (rows.mask, rows.position)
+    )
     arrays = (
         _take(query, row, plan.query_chunk),
         _take(key, column, plan.key_chunk),
@@ -206,7 +207,7 @@ def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
         "alibi_slopes": rows.slopes,
         "dropout_rate": plan.dropout_rate,
         "dropout_key": rows.dropout_key,
-        "query_positions": taken(rows.position),
+        "query_positions": position,
         "key_coordinates": (column, 1),
     }
     return arrays, options
@@ -267,7 +268,9 @@ def _blockwise_backward(plan: _Plan, residuals, cotangents):
     dout, dlse = cotangents
     # Of the whole rows, once: a chunk's own lse or out would give wrong gradients.
     delta = attention_delta(dout, out, dlse)
-    dsinks = None if sinks is None else attention_sink_gradient(sinks, lse, delta)
+    dsinks = None
+    if sinks is not None:
+        dsinks = _compat.match_cotangent(attention_sink_gradient(sinks, lse, delta), sinks)
     delta, lse = _padded(delta, 2, plan.query_chunk), _padded(lse, 2, plan.query_chunk, -jnp.inf)
     dout = _padded(dout, 1, plan.query_chunk)
     padded = _pad_all(plan, query, key, value, rows)
@@ -287,11 +290,7 @@ def _blockwise_backward(plan: _Plan, residuals, cotangents):
     gradients = _over_pairs(plan, padded[0], padded[1], body, nothing)
     primals = query, key, value
     gradients = [g[:, : x.shape[1]].astype(x.dtype) for g, x in zip(gradients, primals)]
-    matched = [
-        None if x is None else _compat.match_cotangent(g, x)
-        for g, x in zip((*gradients, dsinks), (*primals, sinks))
-    ]
-    return (*matched, None)
+    return *map(_compat.match_cotangent, gradients, primals), dsinks, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

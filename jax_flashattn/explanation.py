@@ -1,6 +1,7 @@
 """explain: which kernel a call would run and what it would cost, without running it."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -282,7 +283,7 @@ def _prepared(
         if not known:
             jax.eval_shape(prepare, arrays, features, masks)
             return *found, None
-        jax.eval_shape(lambda *x: prepare(*x, masks), arrays, features)
+        jax.eval_shape(functools.partial(prepare, masks=masks), arrays, features)
         operands, spec = found
         compiled = jax.jit(limits).lower().compile()
         with jax.ensure_compile_time_eval():  # also where explain is called under a trace

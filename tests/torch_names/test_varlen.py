@@ -183,6 +183,41 @@ def test_padded_form_gives_the_same(kind):
     check(padded, packed)
 
 
+@pytest.mark.parametrize("slopes", [SLOPES, np.stack([SLOPES, SLOPES[::-1], 2 * SLOPES])])
+def test_slopes_per_head_and_per_sequence(slopes):
+    """Values and gradients as of one dense call per sequence with its own slopes."""
+    lengths_q, lengths_k = (7, 1, 20), (9, 30, 4)
+    q, dout = normal(0, 28, 4, 16), normal(1, 28, 4, 16)
+    k, v = normal(2, 43, 2, 16), normal(3, 43, 2, 16)
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    call = lambda *x: flash_attn_varlen_func(*x, cu_q, cu_k, 20, 30, alibi_slopes=slopes)  # noqa: E731
+    out, pull = jax.vjp(call, q, k, v)
+    gradients = pull(dout)
+    for n, own in enumerate(np.broadcast_to(slopes, (3, 4))):
+        rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        one, pull = jax.vjp(
+            lambda *x, s=own: flash_attn_func(*x, alibi_slopes=s),
+            *(q[None, rows], k[None, keys], v[None, keys]),
+        )
+        np.testing.assert_allclose(out[rows], one[0], rtol=1e-9, atol=1e-12)
+        for a, b, part in zip(gradients, pull(dout[None, rows]), (rows, keys, keys)):
+            np.testing.assert_allclose(a[part], b[0], rtol=1e-9, atol=1e-12)
+
+
+def test_signs_of_probabilities_are_what_the_call_drops():
+    q, k = normal(0, 28, 4, 16), normal(2, 43, 2, 16)
+    cu_q, cu_k = cumulative((7, 1, 20)), cumulative((9, 30, 4))
+    v = np.zeros((43, 2, 43))
+    v[np.arange(43), :, np.arange(43)] = 1  # the output is the matrix of probabilities
+    options = {"dropout_key": jax.random.key(1), "return_attn_probs": True}
+    out, _, signed = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 20, 30, 0.4, **options)
+    kept = round(0.6 * 65536) / 65536
+    for n, (i, j) in enumerate(zip(cu_q[:-1], cu_k[:-1])):
+        rows, keys = cu_q[n + 1] - i, cu_k[n + 1] - j
+        matrix = out[i : i + rows, :, j : j + keys].swapaxes(0, 1) * kept
+        np.testing.assert_allclose(np.maximum(signed[n, :, :rows, :keys], 0), matrix, atol=1e-12)
+
+
 def test_blocks_of_probabilities():
     matrix = normal(0, 2, 9, 12)
     query = module._side("q", cumulative((4, 0, 5)), None, 9, 5)

@@ -96,6 +96,39 @@ def test_explicit_mode(name, spec):
     assert not large, f"collectives on arrays: {large}"
 
 
+FEATURES = {
+    "sinks": ("sinks", (8,), (2,)),
+    "one bias": ("bias", (1, 1, 24, 40), (None, None)),
+    "bias per head": ("bias", (1, 8, 24, 40), (None, 2)),
+    "bias per pair": ("bias", (4, 8, 24, 40), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, "model")], ids=str)
+def test_explicit_mode_of_learned_features(spec, name, split):
+    """Gradients of sinks and bias have the type of what they are of, split or not."""
+    argument, shape, axes = FEATURES[name]
+    mesh, x = make_mesh(AxisType.Explicit), jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    options = {"alibi_slopes": jnp.full(8, 0.1), "dropout_rate": 0.2}
+    options |= {"dropout_key": jax.random.key(0)}
+
+    def of(q, k, v, x):
+        return loss(q, k, v, **{argument: x}, **options)
+
+    run = jax.jit(jax.value_and_grad(of, (0, 1, 2, 3)))
+    whole = run(Q, K, V, x)
+    full = (*spec, None, None)
+    own = P(*(None if a is None or not split else full[a] for a in axes))
+    with jax.set_mesh(mesh):
+        arrays = [place(mesh, y, spec) for y in (Q, K, V)] + [place(mesh, x, own)]
+        found = run(*arrays)
+        for gradient, array in zip(found[1], arrays):
+            assert jax.typeof(gradient).sharding.spec == jax.typeof(array).sharding.spec
+    assert_close(found, whole)
+
+
 def test_explicit_mode_with_other_shardings():
     """Sequence-sharded, mixed with replicated, and mapped: right, with whatever it takes."""
     mesh = make_mesh(AxisType.Explicit)
