@@ -203,15 +203,16 @@ inline void write_rows(const TangentBuffers<M>& t, const TangentParams& p, const
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
   const Acc kept = static_cast<Acc>(kept_scale(p.features));
-  Acc factor[kRows];
-  for (int l = 0; l < kRows; ++l) {
-    const bool nothing = empty(rows.visible[l]) ||  // S11
-                         t.lse[l] == std::numeric_limits<Acc>::infinity();
-    factor[l] = nothing ? Acc(0) : Acc(1);
+  Acc factor[kRows] = {};
+  for (int l = 0; l < rows.count; ++l) {
     if (rows.head[l] < 0) continue;
     const int64_t at = stat_offset(rows, n, b, g, l);
-    const Acc dlse = nothing ? Acc(0) : t.dlse[l] + static_cast<const Acc*>(p.dsink)[at];
-    static_cast<Acc*>(p.dlse)[at] = dlse;
+    Acc& dlse = static_cast<Acc*>(p.dlse)[at];
+    dlse = 0;
+    const Acc lse = static_cast<const Acc*>(p.lse)[at];
+    if (empty(rows.visible[l]) || lse == -std::numeric_limits<Acc>::infinity()) continue;  // S11
+    dlse = t.dlse[l] + static_cast<const Acc*>(p.dsink)[at];
+    factor[l] = 1;
     const Storage* out = static_cast<const Storage*>(p.out) + row_offset(rows, n, b, g, l, n.dv);
     for (int64_t x = 0; x < n.dv; ++x)
       t.out[x * kRows + l] = t.out[x * kRows + l] * kept - dlse * to_float(out[x]);
