@@ -3,6 +3,7 @@
 python tests/mutation_gate                # every mutation
 python tests/mutation_gate --only lse     # those with "lse" in their names
 python tests/mutation_gate --missing      # those that the table has no test for
+python tests/mutation_gate --untried      # those that the table does not have
 python tests/mutation_gate --quick        # only the tests that a mutation names itself
 """
 
@@ -71,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of the mutations to run")
     parser.add_argument("--missing", action="store_true", help="those the table has no test for")
+    parser.add_argument("--untried", action="store_true", help="those the table does not have")
     parser.add_argument("--quick", action="store_true", help="only tests a mutation names itself")
     chosen = parser.parse_args()
     killers = _read_table()
@@ -81,7 +83,7 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as folder:
         sandbox = Sandbox(pathlib.Path(folder) / "project")
-        everything = not (chosen.only or chosen.missing)
+        everything = len(mutations) == len(MUTATIONS)
         if everything and (broken := sandbox.run((*WITHOUT_KERNELS, *TESTS)).test):
             raise SystemExit(f"the unmutated project fails {broken}")
         for m in mutations:
