@@ -76,11 +76,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only tests a mutation names itself")
     chosen = parser.parse_args()
     killers = _read_table()
-    mutations = [
-        m
-        for m in MUTATIONS
-        if chosen.only in m.name and not (chosen.missing and killers.get(m.name, NOBODY) != NOBODY)
-    ]
+    mutations = [m for m in MUTATIONS if chosen.only in m.name]
+    if chosen.missing:
+        mutations = [m for m in mutations if killers.get(m.name, NOBODY) == NOBODY]
+    if chosen.untried:
+        mutations = [m for m in mutations if m.name not in killers]
     with tempfile.TemporaryDirectory() as folder:
         sandbox = Sandbox(pathlib.Path(folder) / "project")
         everything = len(mutations) == len(MUTATIONS)

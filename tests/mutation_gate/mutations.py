@@ -7,6 +7,7 @@ FORWARD = ("tests/attention/test_forward.py",)
 FEATURES = ("tests/attention/test_features.py",)
 EDGES = ("tests/attention/test_edges.py",)
 FORMS = ("tests/attention/test_mask_forms.py",)
+DTYPES = ("tests/attention/test_dtypes.py",)
 KNOWN_BUGS = ("tests/adversarial",)
 
 
@@ -121,9 +122,9 @@ _TILES = (
     Mutation("bf16 infinity is finite", "S13", TILE,
              "largest < 0x7f80u", "largest <= 0x7f80u", EDGES),
     Mutation("tail of a packed row left as it was", "S8", TILE,
-             "  for (; c < padded; ++c) dst[c] = T(0);\n", "", BACKWARD),
+             "  for (; c < padded; ++c) dst[c] = T(0);\n", "", DTYPES),
     Mutation("second row of a pair dropped", "S8", TILE,
-             "c < count && second ?", "c < count && false ?", BACKWARD),
+             "c < count && second ?", "c < count && false ?", DTYPES),
     Mutation("last columns of a transposed row dropped", "S8", TILE,
              "row[l] && c < width ?", "row[l] && c + 1 < width ?", BACKWARD),
 )  # fmt: skip
@@ -133,13 +134,11 @@ _FORWARD_PASS = (
     Mutation("accumulator not rescaled", "S8", CPU_FORWARD,
              "before == nothing ? Vec<Acc>{} : correction);", "splat(Acc(1)));", FORWARD),
     Mutation("correction of a first tile is not 0", "S11", CPU_FORWARD,
-             "before == nothing ? Vec<Acc>{} : correction);", "correction);", FORWARD,
-             equivalent="the correction is exp2(-inf) = 0 unless c = 0, and what it multiplies is "
-             "0 then"),
+             "before == nothing ? Vec<Acc>{} : correction);", "correction);", FORWARD),
     Mutation("a maximum of -inf is stored as 0", "S11", CPU_FORWARD,
              "store(t.max + at, largest[n]);", "store(t.max + at, reference);", KNOWN_BUGS),
     Mutation("no reference for a row without keys yet", "S11", CPU_FORWARD,
-             "largest[n] == nothing ? Vec<Acc>{} : largest[n];", "largest[n];", FORWARD),
+             "largest[n] == nothing ? Vec<Acc>{} : largest[n];", "largest[n];", FORMS),
     Mutation("sum not rescaled", "S10", CPU_FORWARD,
              "load(t.sum + at) * load(t.correction + at) + sum[n]",
              "load(t.sum + at) + sum[n]", FORWARD),
