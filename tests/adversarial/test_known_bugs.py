@@ -106,6 +106,20 @@ def test_negative_scores_behind_a_masked_first_tile(dtype):
     np.testing.assert_allclose(results["out"].astype(float), out, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_negative_scores_of_documents_behind_masked_tiles(dtype):
+    """6 again: rows whose document begins tiles behind that of their neighbours in the row tile.
+
+    Here a whole tile of keys is masked for some of the rows that visit it. All scores are -120.
+    """
+    case = Case(
+        b=2, sq=64, sk=420, hq=4, hk=2, dtype=dtype, data="constant_score", layout="segments",
+        lengths_q=((20, 20, 24), (1, 40)), lengths_k=((5, 290, 100), (300, 99)), dlse=True,
+    )  # fmt: skip
+    results = check_case(case)
+    assert results["lse"][1, :, :41].max() < -100
+
+
 @pytest.mark.parametrize("level", [-1e5, 1e5, -3e7])
 def test_no_finite_mask_value_beats_real_scores(level):
     """7: flashinfer#4267, #4450: scores far below -5e4, where all that matters is differences."""

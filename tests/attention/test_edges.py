@@ -193,6 +193,22 @@ def test_infinity_follows_ieee():
     np.testing.assert_allclose(lse, np.full((1, 1, 4), 2 + np.log(69)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_an_infinite_key_of_no_weight_has_finite_gradients(dtype):
+    """A score of -inf is weight 0: nothing of that key's reaches dv, whatever pads a tile of rows.
+
+    Its dq is 0 * inf = NaN, as IEEE has it, in every row.
+    """
+    problem = make_problem(Case(sq=5, sk=70, d=4, dv=16, dtype=dtype))
+    query = np.abs(problem.given["query"]) + np.ones((), problem.given["query"].dtype)
+    key = problem.given["key"].copy()
+    key[0, 5] = -np.inf
+    results = execute(problem, problem.given | {"query": query, "key": key})
+    np.testing.assert_array_equal(results["dv"][0, 5].astype(float), 0)
+    assert np.isfinite(results["dv"].astype(float)).all()
+    assert np.isfinite(results["out"].astype(float)).all()
+
+
 @pytest.mark.parametrize("implementation", ["kernel", "reference"])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_padding_never_leaks_in_either_implementation(where, implementation):

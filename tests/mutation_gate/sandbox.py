@@ -1,0 +1,167 @@
+"""A copy of the project in which facts can be wrong: builds the CPU extension there and runs tests.
+
+The extension is compiled directly, at -O1 and for this machine's best instruction set alone, which
+takes seconds. The other sets are stubs that are never picked.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+KERNELS = ("cpu/forward.cc", "cpu/backward.cc")
+BINDINGS = ("ffi/cpu_module.cc", "ffi/decode.cc", "cpu/dispatch.cc")
+WITHOUT_KERNELS = ("tests/unit/test_semantics.py", "tests/unit/test_mask.py")
+SECONDS_PER_TEST = 60
+SECONDS = 600  # of one run
+
+# An editable install would win over the copy; its finder goes. Then pytest, on the copy.
+PYTEST = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
+sys.path.insert(0, {copy!r})
+import jax_flashattn, pytest
+assert jax_flashattn.__file__.startswith({copy!r}), jax_flashattn.__file__
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`test` is the first to fail; None if all passed."""
+
+    test: str | None
+    how: str = ""
+
+
+def instruction_set() -> str:
+    """The set the installed package picks here."""
+    code = "from jax_flashattn import _native; print(_native.modules['cpu'].instruction_set())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _package(name: str) -> pathlib.Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the mutation gate needs {name}: pip install {name}")
+    return pathlib.Path(spec.origin).parent
+
+
+class Sandbox:
+    """The copy at `folder`, which must not exist yet."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.isa = folder, instruction_set()
+        for name in ("csrc", "jax_flashattn", "tests"):
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "mutation_gate")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        self._write_stubs()
+        if errors := self._compile((*KERNELS, *BINDINGS, "stubs.cc")):
+            raise SystemExit(errors)
+
+    def _write_stubs(self) -> None:
+        names = [isa for isa in ISAS if isa != self.isa]
+        lines = [
+            f"namespace {isa} {{ void {f}(const {p}Params&, Executor&) {{ __builtin_trap(); }} }}"
+            for isa in names
+            for f, p in (("forward", "Forward"), ("backward", "Backward"))
+        ]
+        body = "\n".join(["namespace jax_flashattn::cpu {", *lines, "}"])
+        (self.folder / "csrc/stubs.cc").write_text(f'#include "cpu/attention.h"\n{body}\n')
+
+    def _compile(self, sources) -> str:
+        """Objects of these sources, then the extension; returns the compiler's errors."""
+        flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-I", "csrc"]
+        # Expensive optimisations are what contracts to fused multiply-adds, as the real build does.
+        flags += [
+            "-fexpensive-optimizations",
+            "-march=native",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+        ]
+        flags += [f"-DFLASH_ISA={self.isa}", "-I", sysconfig.get_paths()["include"]]
+        flags += ["-I", str(_package("pybind11") / "include")]
+        flags += ["-I", str(_package("jaxlib") / "include")]
+
+        def run(*command) -> str:
+            done = subprocess.run(
+                command, cwd=self.folder, capture_output=True, text=True, check=False
+            )
+            return done.stderr if done.returncode else ""
+
+        def one(source) -> str:
+            return run("c++", *flags, "-c", f"csrc/{source}", "-o", self._object(source))
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            errors = "".join(pool.map(one, sources))
+        objects = [self._object(s) for s in (*KERNELS, *BINDINGS, "stubs.cc")]
+        library = "jax_flashattn/_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
+        return errors or run("c++", "-shared", *objects, "-o", library)
+
+    @staticmethod
+    def _object(source: str) -> str:
+        return source.replace("/", "_") + ".o"
+
+    def verdict(self, file: str, old: str, new: str, stages) -> Verdict:
+        """What the tests say of the project with `old` replaced by `new` in `file`.
+
+        Later stages run if earlier ones pass; the extension is built for the first that needs it.
+        """
+        path = self.folder / file
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        built, verdict = False, Verdict(None)
+        try:
+            for tests in stages:
+                if not built and not all(t.startswith(WITHOUT_KERNELS) for t in tests):
+                    built = True  # both: what the last mutation left may be either's
+                    if errors := self._compile(KERNELS):
+                        raise SystemExit(f"{file}: {new!r} does not compile:\n{errors[:2000]}")
+                verdict = self.run(tests)
+                if verdict.test:
+                    break
+            return verdict
+        finally:
+            path.write_text(text)
+
+    def run(self, tests) -> Verdict:
+        """The tests, in this order, until one fails."""
+        code = PYTEST.format(copy=str(self.folder))
+        options = [
+            "-x",
+            "-vv",
+            "--tb=line",
+            "-o",
+            f"timeout={SECONDS_PER_TEST}",
+            "-p",
+            "no:warnings",
+        ]
+        flags = {"JAX_PLATFORMS": "cpu", "JAX_FLASHATTN_CPU_ISA": self.isa}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code, *options, *tests], cwd=self.folder,
+                env=os.environ | flags, capture_output=True, text=True, check=False,
+                timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            begun = re.findall(r"^(tests/\S+?::.*?)(?: PASSED.*)?$", str(late.stdout), re.M)
+            return Verdict(begun[-1] if begun else "?", "hangs")
+        if done.returncode == 0:
+            return Verdict(None)
+        failed = re.search(r"^(tests/\S+?::.*?) (?:FAILED|ERROR)", done.stdout, re.M)
+        if failed:
+            return Verdict(failed[1], "fails")
+        begun = re.findall(r"^(tests/\S+?::\w+.*)$", done.stdout, re.M)
+        if done.returncode == 1 or not begun:
+            raise SystemExit(f"pytest did not run:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        return Verdict(begun[-1], f"dies ({done.returncode})")
