@@ -19,7 +19,7 @@ def main() -> None:
         gpu = commands.add_parser(name, help=f"{purpose} (needs a GPU)")
         gpu.add_argument("--rounds", type=int, default=3)
         gpu.add_argument("--iterations", type=int, default=8)
-    commands.add_parser("table", help="write README's CPU table from the results")
+    commands.add_parser("table", help="write README's tables from the results")
     arguments = parser.parse_args()
 
     if arguments.command == "table":

@@ -1,11 +1,11 @@
-"""README's CPU table, made from results/cpu.json between two markers."""
+"""README's tables, each made from a file of results and put between two markers."""
 
 import json
 import statistics
 
 from benchmarks import record
 
-BEGIN, END = "<!-- benchmarks: cpu -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
 def _row(name: str, rows: list[dict]) -> str:
@@ -49,10 +49,49 @@ def cpu_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """Markdown: TFLOP/s and the ratio to cuDNN by length."""
+    data = json.loads((record.RESULTS / "gpu_dense.json").read_text())
+    rows, where = data["rows"], data["environment"]
+    lengths = (1024, 4096, 16384)
+    lines = [
+        "| bfloat16 | " + " | ".join(f"S = {s}, full | causal" for s in lengths) + " |",
+        "|---" * (2 * len(lengths) + 1) + "|",
+    ]
+    for mode in ("forward", "backward"):
+        for d in (64, 128, 256):
+            found = {
+                (r["s"], r["causal"]): f"{r['tflops']['ours']:.0f} ({r['vs cudnn']:.2f}x)"
+                for r in rows
+                if r["mode"] == mode and r["d"] == d
+            }
+            cells = [found[s, causal] for s in lengths for causal in (False, True)]
+            lines.append(f"| {mode}, d = {d} | " + " | ".join(cells) + " |")
+    ratios = {
+        mode: [r["vs cudnn"] for r in rows if r["mode"] == mode] for mode in ("forward", "backward")
+    }
+    summary = "; ".join(
+        f"{mode} {statistics.median(x):.2f}x in the median cell ({min(x):.2f} to {max(x):.2f})"
+        for mode, x in ratios.items()
+    )
+    lines += [
+        "",
+        "TFLOP/s of kernel time (CUPTI; a gradient without its forward) and, in brackets, the ratio "
+        f"to cuDNN through jax.nn in the same process; {where['devices'][0]}, 16,384 tokens, heads "
+        f"times head dim 2,048. Over S = 512 to 16,384: {summary}. From `python -m benchmarks gpu`; "
+        "what options cost: `python -m benchmarks gpu-features`, [docs/kernels.md](docs/kernels.md).",
+    ]
+    return "\n".join(lines)
+
+
 def write() -> None:
     """Replaces what stands between the markers in README.md."""
     readme = record.ROOT / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{cpu_table()}\n{END}{tail}")
+    text = readme.read_text()
+    for name, table in (("gpu", gpu_table()), ("cpu", cpu_table())):
+        begin = f"<!-- benchmarks: {name} -->"
+        head, rest = text.split(begin)
+        tail = rest.split(END, 1)[1]
+        text = f"{head}{begin}\n{table}\n{END}{tail}"
+    readme.write_text(text)
     print("written", readme)

@@ -4,6 +4,8 @@ import os
 
 # The oracle's products are small; threads would only get in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Several test processes share one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
