@@ -122,6 +122,7 @@ def _why_plain(call: Call, capability: str) -> tuple[str, ...]:
             )
     if call.sk == 0:
         notes.append("the tensor-core kernel needs at least one key")
-    if call.b * call.hq * -(-call.sq // 64) >= 2**31 - 1:
+    tiles = max(call.hq * -(-call.sq // 64), call.hk * -(-call.sk // 64))
+    if call.b * tiles >= 2**31 - 1:
         notes.append("the tensor-core kernel counts tiles in 32 bits: split the batch")
     return tuple(notes)

@@ -38,7 +38,8 @@ bool current_device(DeviceFacts* facts, int* index) {
 // The copy engine wants 16-byte rows and something to copy; tile numbers are 32-bit.
 bool fits_sm90(const Sizes& n) {
   return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 &&
-         n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;
+         n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX &&
+         n.b * n.g * ((n.sk + 63) / 64) < INT32_MAX;
 }
 
 // Dropout counts keys from 0 there; elsewhere they may start anywhere.

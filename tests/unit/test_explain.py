@@ -59,7 +59,8 @@ def test_rules_are_those_of_the_dispatch():
         assert [*steps, last] == list(table)
     for rule in (
         "return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 && "
-        "n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX;",
+        "n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX && "
+        "n.b * n.g * ((n.sk + 63) / 64) < INT32_MAX;",
         "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && knows_features(p)) "
         "return sm90_forward(",
         "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 && "
