@@ -112,7 +112,8 @@ class IntervalMask:
             key_shape = (shape[0], _rank("key_ids", key_ids, 2)[1])
             key_ids = check_int32(key_ids, "key_ids", key_shape)
         left, right = _sides(causal, window)
-        return IntervalMask(*_mask.segment_intervals(query_ids, key_ids, left, right))
+        rows = _mask.segment_rows(query_ids, key_ids)
+        return IntervalMask(*_mask.segment_intervals(rows, left, right))
 
     @staticmethod
     def from_cu_seqlens(
