@@ -216,7 +216,7 @@ _BACKWARD_PASS = (
     Mutation("key tiles may begin at an odd key", "S10", CPU_BACKWARD,
              "all.min_lo / 2 * 2;", "all.min_lo;", SCRATCH),
     Mutation("no spare row behind an odd number of keys", "S10", CPU_BACKWARD,
-             "share * even(p.n.sk) * pitch", "share * p.n.sk * pitch", KNOWN_BUGS),
+             "share * even(p.n.sk) * pitch", "share * p.n.sk * pitch", SCRATCH),
     Mutation("no guard of 0 * NaN in gradients", "S13", CPU_BACKWARD,
              "if (partial && !(rows.finite", "if (false && !(rows.finite", EDGES),
     Mutation("dO counts as finite", "S13", CPU_BACKWARD,

@@ -1,6 +1,7 @@
 // The CPU backward with scratch that is watched: for tests/unit/test_scratch.py, by ctypes.
 //
-// Tasks run last to first, which the Executor's contract allows, in one thread.
+// Tasks run in one thread, first to last and last to first: the Executor's contract allows any
+// order.
 #include <vector>
 
 #include "cpu/attention.h"
@@ -18,14 +19,17 @@ void* thread_buffer(int64_t bytes) {
 
 using namespace jax_flashattn;
 
-struct Backwards final : cpu::Executor {
+struct InOrder final : cpu::Executor {
+  bool reversed;
+  explicit InOrder(bool reversed) : reversed(reversed) {}
   void run(int64_t count, double, void (*body)(void*, int64_t), void* context) override {
-    for (int64_t index = count; index-- > 0;) body(context, index);
+    for (int64_t n = 0; n < count; ++n) body(context, reversed ? count - 1 - n : n);
   }
 };
 
-// Arrays of float32 ones; returns how many of `margin` negative zeros behind the scratch changed.
-// A write of x + 0 changes them, though it would change no number.
+// Arrays of float32 ones, in both orders; returns how many gradients differ, plus how many of
+// `margin` negative zeros behind the scratch changed: a write of x + 0 changes them, though it
+// would change no number.
 extern "C" int64_t probe_scratch(int64_t g, int64_t sq, int64_t sk, int64_t d, int32_t left,
                                  int32_t right, int64_t parts) {
   constexpr int64_t margin = 4096;
@@ -34,19 +38,21 @@ extern "C" int64_t probe_scratch(int64_t g, int64_t sq, int64_t sk, int64_t d, i
   p.dtype = DType::kF32;
   p.mask = {left, right, nullptr, nullptr, nullptr, 0, 0};
   p.scale = 1;
-  std::vector<float> rows(g * sq * d, 1.0f), keys(g * sk * d, 1.0f), statistics(g * sq, 0.0f);
-  std::vector<float> dq(rows), dk(keys), dv(keys);
-  const int64_t size = g * parts * (sk + sk % 2) * 2 * cpu::padded_dim(d);
-  std::vector<float> scratch(size + margin, -0.0f);
+  const std::vector<float> rows(g * sq * d, 1.0f), keys(g * sk * d, 1.0f), delta(g * sq, 0.5f);
   p.q = p.dout = rows.data();
   p.k = p.v = keys.data();
-  p.lse = p.delta = statistics.data();
-  p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data();
-  p.scratch = scratch.data();
+  p.lse = p.delta = delta.data();
   p.parts = parts;
-  Backwards executor;
-  cpu::FLASH_ISA::backward(p, executor);
-  int64_t changed = 0;
-  for (int64_t x = size; x < size + margin; ++x) changed += !__builtin_signbit(scratch[x]);
-  return changed;
+  std::vector<float> dq[2] = {rows, rows}, dk[2] = {keys, keys}, dv[2] = {keys, keys};
+  int64_t wrong = 0;
+  for (int reversed = 0; reversed < 2; ++reversed) {
+    const int64_t size = g * parts * (sk + sk % 2) * 2 * cpu::padded_dim(d);
+    std::vector<float> scratch(size + margin, -0.0f);
+    p.dq = dq[reversed].data(), p.dk = dk[reversed].data(), p.dv = dv[reversed].data();
+    p.scratch = scratch.data();
+    InOrder executor(reversed);
+    cpu::FLASH_ISA::backward(p, executor);
+    for (int64_t x = size; x < size + margin; ++x) wrong += !__builtin_signbit(scratch[x]);
+  }
+  return wrong + (dq[0] != dq[1]) + (dk[0] != dk[1]) + (dv[0] != dv[1]);
 }

@@ -25,10 +25,10 @@ def probe(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def test_nothing_is_written_behind_the_accumulators(probe):
+def test_tasks_write_their_own_accumulators_alone(probe):
     """docs/postmortems/odd_key_tiles.md: odd and even keys, first keys, last keys and parts."""
     for sq, sk, left, parts in itertools.product((1, 24), (39, 40, 97, 130), (-1, 4, 9), (1, 3)):
         sizes = [ctypes.c_int64(n) for n in (3, sq, sk, 8)]
         for right in (-1, 0):
-            changed = probe.probe_scratch(*sizes, left, right, ctypes.c_int64(parts))
-            assert changed == 0, f"{changed} of sq={sq} sk={sk} window=({left}, {right}) x {parts}"
+            wrong = probe.probe_scratch(*sizes, left, right, ctypes.c_int64(parts))
+            assert wrong == 0, f"{wrong} at sq={sq} sk={sk} window=({left}, {right}) x {parts}"
