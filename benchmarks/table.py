@@ -76,10 +76,11 @@ def gpu_table() -> str:
     )
     lines += [
         "",
-        "TFLOP/s of kernel time (CUPTI; a gradient without its forward) and, in brackets, the ratio "
-        f"to cuDNN through jax.nn in the same process; {where['devices'][0]}, 16,384 tokens, heads "
-        f"times head dim 2,048. Over S = 512 to 16,384: {summary}. From `python -m benchmarks gpu`; "
-        "what options cost: `python -m benchmarks gpu-features`, [docs/kernels.md](docs/kernels.md).",
+        "TFLOP/s of kernel time (CUPTI; a gradient without its forward) and, in brackets, the "
+        f"ratio to cuDNN through jax.nn in the same process; {where['devices'][0]}, 16,384 tokens, "
+        f"heads times head dim 2,048. Over S = 512 to 16,384: {summary}. From `python -m "
+        "benchmarks gpu`; what options cost: `python -m benchmarks gpu-features`, "
+        "[docs/kernels.md](docs/kernels.md).",
     ]
     return "\n".join(lines)
 
