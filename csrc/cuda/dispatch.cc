@@ -1,5 +1,6 @@
 // Which kernel runs: the one table of architecture, dtype, head dims and features.
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/attention.h"
@@ -48,23 +49,15 @@ bool knows_features(const Params& p) {
   return !p.features.bias.data && !(p.features.dropout && p.features.keys);
 }
 
-std::string sm90_forward(const ForwardParams& p, const sm90::Device& device, cudaStream_t stream) {
-  const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
-  if (d <= 64) return sm90::forward<64>(p, device, stream);
-  if (d <= 96) return sm90::forward<96>(p, device, stream);
-  if (d <= 128) return sm90::forward<128>(p, device, stream);
-  if (d <= 192) return sm90::forward<192>(p, device, stream);
-  return sm90::forward<256>(p, device, stream);
-}
-
-std::string sm90_backward(const BackwardParams& p, const sm90::Device& device,
-                          cudaStream_t stream) {
-  const int64_t d = p.n.d > p.n.dv ? p.n.d : p.n.dv;
-  if (d <= 64) return sm90::backward<64>(p, device, stream);
-  if (d <= 96) return sm90::backward<96>(p, device, stream);
-  if (d <= 128) return sm90::backward<128>(p, device, stream);
-  if (d <= 192) return sm90::backward<192>(p, device, stream);
-  return sm90::backward<256>(p, device, stream);
+// Calls `launch` with the smallest head dim that has an instance for d.
+template <class Launch>
+std::string sm90_instance(const Sizes& n, Launch launch) {
+  const int64_t d = n.d > n.dv ? n.d : n.dv;
+  if (d <= 64) return launch(std::integral_constant<int, 64>());
+  if (d <= 96) return launch(std::integral_constant<int, 96>());
+  if (d <= 128) return launch(std::integral_constant<int, 128>());
+  if (d <= 192) return launch(std::integral_constant<int, 192>());
+  return launch(std::integral_constant<int, 256>());
 }
 
 }  // namespace
@@ -75,7 +68,8 @@ std::string forward(const ForwardParams& p, cudaStream_t stream) {
   int index = 0;
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
   if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && knows_features(p))
-    return sm90_forward(p, {index, facts.multiprocessors}, stream);
+    return sm90_instance(
+        p.n, [&](auto d) { return sm90::forward<d()>(p, {index, facts.multiprocessors}, stream); });
   return plain::forward(p, stream);
 }
 
@@ -86,7 +80,9 @@ std::string backward(const BackwardParams& p, cudaStream_t stream) {
   if (!current_device(&facts, &index)) return "the current CUDA device could not be queried";
   if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 &&
       sm90::worth_tiles(p.n) && knows_features(p))
-    return sm90_backward(p, {index, facts.multiprocessors}, stream);
+    return sm90_instance(p.n, [&](auto d) {
+      return sm90::backward<d()>(p, {index, facts.multiprocessors}, stream);
+    });
   return plain::backward(p, stream);
 }
 

@@ -50,21 +50,20 @@ def test_tiles_are_those_of_the_kernels():
 
 def test_rules_are_those_of_the_dispatch():
     text = source("cuda/dispatch.cc")
-    for which, table in (
-        ("forward", _dispatch.SM90_FORWARD_TILES),
-        ("backward", _dispatch.SM90_BACKWARD_TILES),
-    ):
-        steps = [int(n) for n in re.findall(rf"if \(d <= (\d+)\) return sm90::{which}<\1>", text)]
-        last = int(re.search(rf"return sm90::{which}<(\d+)>\(p, device, stream\); }}", text)[1])
-        assert [*steps, last] == list(table)
+    constant = r"return launch\(std::integral_constant<int, (\d+)>\(\)\);"
+    steps = re.findall(rf"if \(d <= (\d+)\) {constant}", text)
+    assert all(limit == instance for limit, instance in steps)
+    instances = [int(n) for n in re.findall(constant, text)]
+    assert instances == list(_dispatch.SM90_FORWARD_TILES) == list(_dispatch.SM90_BACKWARD_TILES)
     for rule in (
         "return n.d % 8 == 0 && n.dv % 8 == 0 && n.sk > 0 && "
         "n.b * n.g * n.r * ((n.sq + 63) / 64) < INT32_MAX && "
         "n.b * n.g * ((n.sk + 63) / 64) < INT32_MAX;",
         "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && knows_features(p)) "
-        "return sm90_forward(",
+        "return sm90_instance(",
         "if (facts.major == 9 && facts.minor == 0 && fits_sm90(p.n) && p.n.r * p.n.sq > 0 && "
-        "sm90::worth_tiles(p.n) && knows_features(p)) return sm90_backward(",
+        "sm90::worth_tiles(p.n) && knows_features(p)) "
+        "return sm90_instance(",
         "return !p.features.bias.data && !(p.features.dropout && p.features.keys);",
     ):
         assert rule in text, f"csrc/cuda/dispatch.cc no longer says: {rule}"

@@ -39,6 +39,25 @@ static __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parit
       : "memory");
 }
 
+// Whether the phase of this parity is over, without waiting for it.
+static __device__ __forceinline__ bool barrier_test(uint64_t* barrier, int parity) {
+  int over;
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, over;\n}\n"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over;
+}
+
+static __device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // Named barriers 1 to 15; `threads` counts all participants.
 static __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

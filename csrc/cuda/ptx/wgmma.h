@@ -6,16 +6,17 @@
 
 namespace jax_flashattn::cuda::ptx {
 
-// A shared-memory operand in the 128-byte swizzle. `leading` is the distance in bytes between
-// 64-element chunks of an M- or N-contiguous operand; a K-contiguous one ignores it.
-static __device__ __forceinline__ uint64_t descriptor(const void* shared, int leading = 16) {
-  constexpr uint64_t kSwizzle128 = 1, kStride = 1024;  // 8 rows of 128 bytes
-  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | (kStride >> 4) << 32 | kSwizzle128 << 62;
+// A shared-memory operand in the 128-byte swizzle; the same for the whole warp. `leading` is the
+// distance in bytes between 64-element chunks of an M- or N-contiguous operand; a K-contiguous one
+// ignores it. The reduction puts it into a uniform register, where products want it: without,
+// ptxas moves every word of every operand there, and the latency of that holds products back.
+static __device__ __forceinline__ Operand operand(const void* shared, int leading = 16) {
+  return {__reduce_or_sync(0xffffffffu, (shared_address(shared) & 0x3ffff) >> 4 |
+                                            static_cast<uint32_t>(leading >> 4) << 16)};
 }
-// Advances a descriptor by bytes.
-static __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
-  return descriptor + (bytes >> 4);
+// The operand some bytes further on.
+static __device__ __forceinline__ Operand advanced(Operand operand, int bytes) {
+  return {operand.low + (bytes >> 4)};
 }
 
 static __device__ __forceinline__ void wgmma_fence() {

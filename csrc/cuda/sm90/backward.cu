@@ -58,16 +58,18 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
   const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * S::kPieces;
   const dim3 prepare_grid(static_cast<unsigned>(row_tiles),
                           static_cast<unsigned>(hq < 16 ? hq : 16));
-  prepare_backward_kernel<S::kRows, S::kWidth>
-      <<<prepare_grid, kPrepareThreads, 0, stream>>>(p, w, tiles);
+  std::string error =
+      launch_kernel("sm90 backward prepare", prepare_backward_kernel<S::kRows, S::kWidth>,
+                    prepare_grid, kPrepareThreads, 0, device, stream, p, w, tiles);
+  if (!error.empty()) return error;
   const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
   const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p),
                            S::kDeterministic && (p.mask.lo || p.mask.right != kUnbounded)};
   constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
-  std::string error = launch_kernel(
-      "sm90 backward", Kernel<S>::kFunction, static_cast<int>(n.g * n.b * key_tiles), S::kThreads,
-      kBytes, device, stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap));
+  error = launch_kernel("sm90 backward", Kernel<S>::kFunction,
+                        static_cast<int>(n.g * n.b * key_tiles), S::kThreads, kBytes, device,
+                        stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap));
   if (!error.empty()) return error;
   return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,
                        static_cast<int>(pieces), 128, 0, device, stream, p, w, tiles);

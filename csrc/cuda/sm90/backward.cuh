@@ -42,24 +42,24 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
   ptx::barrier_wait(&smem.value_full, 0);
   zero_unseen_keys<S>(w.key_range[at.b], at.key, smem, group);
 
-  const uint64_t key_rows = ptx::descriptor(smem.key + 64 * group * kChunk);
-  const uint64_t value_rows = ptx::descriptor(smem.value + 64 * group * kChunk);
+  const ptx::Operand key_rows = ptx::operand(smem.key + 64 * group * kChunk);
+  const ptx::Operand value_rows = ptx::operand(smem.value + 64 * group * kChunk);
   // dQ piece: dS^T chunk and K chunk, both with keys as rows.
   constexpr bool kSplitColumns = S::kRows == 64;
-  const uint64_t key_columns =
-      ptx::descriptor(smem.key + (kSplitColumns ? group * S::kKeys * kChunk : 0));
+  const ptx::Operand key_columns =
+      ptx::operand(smem.key + (kSplitColumns ? group * S::kKeys * kChunk : 0));
 
   const auto issue_scores = [&] {
     ptx::pin(t.score);
     ptx::wgmma_fence();
-    issue_dot<S, S::kRows>(t.score, key_rows, S::kKeys, ptx::descriptor(smem.query[ring.index()]),
+    issue_dot<S, S::kRows>(t.score, key_rows, S::kKeys, ptx::operand(smem.query[ring.index()]),
                            S::kRows);
   };
 
   // dQ lags a step behind: the other warpgroup's part of dS^T is then long there.
   const auto issue_dq = [&](int turn) {
-    const uint64_t dscore =
-        ptx::descriptor(smem.dscore[turn & 1] + (kSplitColumns ? 0 : group * S::kKeys * kChunk));
+    const ptx::Operand dscore =
+        ptx::operand(smem.dscore[turn & 1] + (kSplitColumns ? 0 : group * S::kKeys * kChunk));
 #pragma unroll
     for (int k = 0; k < S::kKeys / 16; ++k)
       ptx::WgmmaShared<T, 64, 1, 1>::issue(t.dq, ptx::advanced(dscore, k * 16 * 128),
@@ -85,7 +85,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::barrier_wait(&smem.dout_full[s], ring.parity());
       ptx::pin_dead(t.dprobability);
       ptx::wgmma_fence();
-      issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::descriptor(smem.dout[s]),
+      issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::operand(smem.dout[s]),
                              S::kRows);
       uint32_t keep[S::kRows / 64];
       if constexpr (S::kDropout)
@@ -127,9 +127,9 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
       ptx::wgmma_fence();
-      issue_update<S>(t.dv, t.probability, ptx::descriptor(smem.dout[s], S::kRows * 128));
+      issue_update<S>(t.dv, t.probability, ptx::operand(smem.dout[s], S::kRows * 128));
       issue_dq(turn - 1);
-      issue_update<S>(t.dk, t.dscore, ptx::descriptor(smem.query[s], S::kRows * 128));
+      issue_update<S>(t.dk, t.dscore, ptx::operand(smem.query[s], S::kRows * 128));
 
       ring.next();
       const Step next = wait_for_step<S>(smem, ring, group);

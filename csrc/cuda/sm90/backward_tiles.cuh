@@ -197,8 +197,8 @@ __device__ __forceinline__ void zero_row(T* tile, int row, int unit) {
 
 // A (64 rows, K-contiguous) times B (kN rows, K-contiguous)^T over the head dim.
 template <class S, int kN>
-__device__ __forceinline__ void issue_dot(float (&acc)[kN / 2], uint64_t a, int a_rows, uint64_t b,
-                                          int b_rows) {
+__device__ __forceinline__ void issue_dot(float (&acc)[kN / 2], ptx::Operand a, int a_rows,
+                                          ptx::Operand b, int b_rows) {
 #pragma unroll
   for (int k = 0; k < S::kD / 16; ++k) {
     const int chunk = k / 4, inside = k % 4 * 32;
@@ -212,7 +212,8 @@ __device__ __forceinline__ void issue_dot(float (&acc)[kN / 2], uint64_t a, int 
 // acc += X^T B, X^T in registers [64 keys, kRows], B [kRows, kD] rows of the reduction.
 template <class S>
 __device__ __forceinline__ void issue_update(float (&acc)[S::kD / 2],
-                                             const uint32_t (&x)[S::kRows / 16][4], uint64_t b) {
+                                             const uint32_t (&x)[S::kRows / 16][4],
+                                             ptx::Operand b) {
 #pragma unroll
   for (int k = 0; k < S::kRows / 16; ++k)
     ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(acc, x[k], ptx::advanced(b, k * 16 * 128),

@@ -48,17 +48,17 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
   ptx::barrier_wait(&smem.value_full, 0);
   zero_unseen_keys<S>(w.key_range[at.b], at.key, smem, kGroup);
 
-  const uint64_t keys = ptx::descriptor(kScores ? smem.key : smem.value);
+  const ptx::Operand keys = ptx::operand(kScores ? smem.key : smem.value);
   const auto issue_products = [&] {  // S^T = K Q^T, or dP^T = V dO^T
     const int s = ring.index();
     if constexpr (!kScores) ptx::barrier_wait(&smem.dout_full[s], ring.parity());
     ptx::pin_dead(x);
     ptx::wgmma_fence();
-    issue_dot<S, 64>(x, keys, 64, ptx::descriptor(kScores ? smem.query[s] : smem.dout[s]), 64);
+    issue_dot<S, 64>(x, keys, 64, ptx::operand(kScores ? smem.query[s] : smem.dout[s]), 64);
   };
   const auto issue_dq = [&](int turn, int chunk) {
-    const uint64_t dscore = ptx::descriptor(smem.dscore[turn & 1]);
-    const uint64_t columns = ptx::descriptor(smem.key + chunk * S::kKeys * kChunk);
+    const ptx::Operand dscore = ptx::operand(smem.dscore[turn & 1]);
+    const ptx::Operand columns = ptx::operand(smem.key + chunk * S::kKeys * kChunk);
     ptx::pin_dead(dq);
     ptx::wgmma_fence();
 #pragma unroll
@@ -156,7 +156,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       ptx::pin(packed);
       ptx::wgmma_fence();
       issue_update<S>(gradient, packed,
-                      ptx::descriptor(kScores ? smem.dout[s] : smem.query[s], S::kRows * 128));
+                      ptx::operand(kScores ? smem.dout[s] : smem.query[s], S::kRows * 128));
       issue_dq(turn - 1, kGroup);
       ring.next();
       const Step next = wait_for_step<S>(smem, ring, kGroup);

@@ -25,16 +25,16 @@ struct Tuned<T, 256, kExtent> : ForwardShape<T, 256, 2, 80, 1, 2, kExtent> {};
 
 // Heads that are worked on together. Where every row sees every key, the tiles of one head come one
 // after the other and share its keys and values. Where rows see less, tiles of all lengths must be
-// in flight to balance, so as many heads as L2 holds, but no fewer than eight.
+// in flight to balance, but keys and values must stay in L2 beside what passes through it.
 int section(const ForwardParams& p) {
-  constexpr int64_t kL2Bytes = 64 << 20, kLeast = 8;
+  constexpr int64_t kL2Bytes = 64 << 20, kLeast = 8, kMost = SM90_HEAD_DIM <= 64 ? 96 : 32;
   const Sizes& n = p.n;
   const MaskSource& m = p.mask;
   int64_t heads = n.r;
   if (m.lo)
     heads = n.b * n.g * n.r;
   else if (m.left != kUnbounded || m.right != kUnbounded || m.lengths)
-    heads *= clamp<int64_t>(kL2Bytes / (n.sk * (n.d + n.dv) * 2), kLeast, kLeast + n.b * n.g);
+    heads *= clamp<int64_t>(kL2Bytes / (n.sk * (n.d + n.dv) * 2), kLeast, kMost);
   return static_cast<int>(heads);
 }
 

@@ -15,200 +15,18 @@
 #pragma once
 
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/pipeline.cuh"
-#include "cuda/sm90/scores.cuh"
-#include "semantics/params.h"
+#include "cuda/sm90/forward_tiles.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
-
-template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQueryBuffers,
-          int kKeyStages, Extent kExtent>
-struct ForwardShape {
-  using T = Element;
-  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
-  static constexpr bool kDropout = kExtent >= Extent::kDropout;
-  static constexpr int kD = kHeadDim;
-  static constexpr int kGroups = kRowGroups;
-  static constexpr int kRows = 64 * kGroups;
-  static constexpr int kKeys = kKeyBlock;
-  static constexpr int kQueries = kQueryBuffers;
-  static constexpr int kStages = kKeyStages;
-  static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
-  static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
-};
-
-// What consumers need to know of a tile.
-constexpr int kNoMoreTiles = -1;  // in place of a count of blocks
-
-struct TilePlace {
-  int b, head, row;  // first row
-};
-struct TileInfo {
-  TilePlace at;
-  int first_key, blocks;  // blocks start at first_key + n * kKeys
-  int end_key;            // no row of the tile sees a key from here on
-  // Per warpgroup: union and intersection of its rows' intervals.
-  int min_lo[3], max_hi[3], max_lo[3], min_hi[3];
-};
-
-template <class S>
-struct ForwardSmem {
-  alignas(1024) typename S::T query[S::kQueries][S::kRows * S::kWidth];
-  alignas(1024) typename S::T key[S::kStages][S::kKeys * S::kWidth];
-  alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
-  TileInfo info[S::kQueries];
-  int lo[S::kQueries][S::kRows], hi[S::kQueries][S::kRows];
-  int position[S::kQueries][S::kShaped ? S::kRows : 1];  // S9, S12
-  uint64_t query_full[S::kQueries], query_empty[S::kQueries], info_full[S::kQueries];
-  uint64_t key_full[S::kStages], key_empty[S::kStages];
-  uint64_t value_full[S::kStages], value_empty[S::kStages];
-};
-
-// Scores enter exp2 as exponent * (sign * s), exponent > 0. A scale of 0 is sign 0: the sign is
-// applied to scores at once, before the mask, so that -inf stays -inf. Shaped scores come in units
-// of log2 already.
-struct ScoreScale {
-  float sign, exponent;
-  ScoreShape shape;
-  ScoreScale(double scale, double softcap, bool shaped)
-      : sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
-        exponent(shaped ? 1.0f
-                        : static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
-                                             1.4426950408889634)),
-        shape(scale, softcap) {}
-};
-
-struct ForwardMaps {
-  CUtensorMap query, key, value, out;
-};
-
-// Tiles in the order blocks take them: sections of heads whose keys and values stay in L2 together;
-// within a section last rows first (under a causal mask the longest) and heads fastest.
-struct TileOrder {
-  int heads, batches, row_tiles, section;
-  int* taken;  // tiles taken beyond each block's first; 0 at launch
-  __device__ int count() const { return heads * batches * row_tiles; }
-  __device__ TilePlace place(int tile, int rows) const {
-    const int first = tile / (section * row_tiles) * section;  // head of all batches
-    const int inside = tile - first * row_tiles, width = min(section, heads * batches - first);
-    const int head = first + inside % width;
-    return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows};
-  }
-};
-
-// Limits of a tile's rows and their ranges, to shared memory.
-template <class S>
-__device__ __forceinline__ void write_tile_info(const ForwardParams& p, const TilePlace& at,
-                                                int* lo, int* hi, int* position, TileInfo* to) {
-  const int lane = threadIdx.x % 32;
-  int first = INT32_MAX, end = 0;
-#pragma unroll 1
-  for (int w = 0; w < S::kGroups; ++w) {
-    int min_lo = INT32_MAX, max_hi = 0, max_lo = 0, min_hi = INT32_MAX;
-#pragma unroll 1
-    for (int row = w * 64 + lane; row < (w + 1) * 64; row += 32) {
-      Interval v = {0, 0};
-      if (at.row + row < p.n.sq) v = row_interval(p.mask, p.n, at.b, at.row + row);
-      if (empty(v)) {
-        v = {0, 0};  // widens nothing; its output is zeroed in the epilogue
-      } else {
-        min_lo = min(min_lo, v.lo);
-        max_hi = max(max_hi, v.hi);
-        max_lo = max(max_lo, v.lo);
-        min_hi = min(min_hi, v.hi);
-      }
-      lo[row] = v.lo;
-      hi[row] = v.hi;
-      if (S::kShaped && at.row + row < p.n.sq)
-        position[row] = aligned_position(p.features, p.mask, p.n, at.b, at.row + row);
-    }
-    min_lo = warp_min(min_lo);
-    max_hi = warp_max(max_hi);
-    max_lo = warp_max(max_lo);
-    min_hi = warp_min(min_hi);
-    first = min(first, min_lo);
-    end = max(end, max_hi);
-    if (lane == 0) {
-      to->min_lo[w] = min_lo;
-      to->max_hi[w] = max_hi;
-      to->max_lo[w] = max_lo;
-      to->min_hi[w] = min_hi;
-    }
-  }
-  if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
-  if (lane == 0) {
-    to->at = at;
-    to->first_key = first;
-    to->end_key = end;
-    to->blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
-  }
-}
-
-template <class S>
-__device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem) {
-  const bool leader = threadIdx.x % 32 == 0;
-  Ring<S::kQueries> query;
-  for (int tile = blockIdx.x;; query.next()) {
-    const int i = query.index();
-    ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
-    const bool more = tile < order.count();
-    if (more)
-      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], smem.position[i],
-                         &smem.info[i]);
-    else if (leader)
-      smem.info[i].blocks = kNoMoreTiles;
-    __syncwarp();
-    if (leader) ptx::barrier_arrive(&smem.info_full[i]);
-    if (!more) return;
-    if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
-    tile = __shfl_sync(0xffffffffu, tile, 0);
-  }
-}
-
-template <class S>
-__device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
-  Ring<S::kQueries> query;
-  Ring<S::kStages> key, value;
-  for (;; query.next()) {
-    const int i = query.index();
-    ptx::barrier_wait(&smem.info_full[i], query.parity());  // the scout waited for query_empty
-    const int blocks = smem.info[i].blocks, first = smem.info[i].first_key;
-    if (blocks == kNoMoreTiles) return;
-    const TilePlace at = smem.info[i].at;
-    load_tile<S::kRows, S::kChunks>(smem.query[i], &maps.query, &smem.query_full[i], at.head,
-                                    at.row, at.b);
-    // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
-    for (int n = 0; n <= blocks; ++n) {
-      if (n < blocks) {
-        const int x = key.index();
-        ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
-        load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], at.head / group,
-                                        first + n * S::kKeys, at.b);
-        key.next();
-      }
-      if (n > 0) {
-        const int x = value.index();
-        ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
-        load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x],
-                                        at.head / group, first + (n - 1) * S::kKeys, at.b);
-        value.next();
-      }
-    }
-  }
-}
 
 // The state of one consumer warpgroup's rows. Thread t holds rows t / 4 % 8 + 16 * warp (+ 8).
 template <class S>
 struct Rows {
   float out[S::kD / 2];
   float score[S::kKeys / 2];
-  uint32_t probability[S::kKeys / 16][4];
   float largest[2], sum[2];
   int lo[2], hi[2];
+  bool moved;  // the reference of some row of the warp, so that O must be rescaled
   // Where shaped: the aligned key coordinates; where there is dropout: the head's random stream.
   int position[2];
   float slope;
@@ -218,8 +36,8 @@ struct Rows {
 
 // S = Q K^T, issued but not waited for.
 template <class S>
-__device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], uint64_t query,
-                                             uint64_t key) {
+__device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], ptx::Operand query,
+                                             ptx::Operand key) {
 #pragma unroll
   for (int k = 0; k < S::kD / 16; ++k) {
     const int chunk = k / 4, inside = k % 4 * 32;
@@ -230,12 +48,17 @@ __device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], uint6
   ptx::wgmma_commit();
 }
 
+// Exponentials of a block in the element type, the A operand of O += P V.
+template <class S>
+using Probabilities = uint32_t[S::kKeys / 16][4];
+
 // O += P V, issued but not waited for.
 template <class S>
-__device__ __forceinline__ void issue_output(Rows<S>& rows, uint64_t value) {
+__device__ __forceinline__ void issue_output(float (&out)[S::kD / 2], const Probabilities<S>& from,
+                                             ptx::Operand value) {
 #pragma unroll
   for (int k = 0; k < S::kKeys / 16; ++k)
-    ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(rows.out, rows.probability[k],
+    ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(out, from[k],
                                                        ptx::advanced(value, k * 16 * 128), 1);
   ptx::wgmma_commit();
 }
@@ -321,34 +144,39 @@ __device__ __forceinline__ void drop(Rows<S>& rows, uint32_t threshold, int key)
 // Both rows go through each stage together, so that one's latency hides behind the other's work.
 template <class S>
 __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&correction)[2]) {
-  float largest[2], odd[2], reference[2], sum[2] = {0, 0};
+  constexpr int kChains = 4;  // of comparisons a row, for their latency
+  float largest[2], chain[2][kChains], reference[2], sum[2] = {0, 0};
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    largest[h] = fmaxf(rows.largest[h], rows.score[2 * h]);
-    odd[h] = rows.score[2 * h + 1];
-  }
-#pragma unroll
-  for (int j = 1; j < S::kKeys / 8; ++j) {
+  for (int i = 0; i < S::kKeys / 4; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = fmaxf(largest[h], rows.score[4 * j + 2 * h]);
-      odd[h] = fmaxf(odd[h], rows.score[4 * j + 2 * h + 1]);
+      const float x = rows.score[4 * (i / 2) + 2 * h + i % 2];
+      chain[h][i % kChains] = i < kChains ? x : fmaxf(chain[h][i % kChains], x);
     }
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) largest[h] = fmaxf(largest[h], odd[h]);
+  for (int h = 0; h < 2; ++h)
+    largest[h] = fmaxf(rows.largest[h],
+                       fmaxf(fmaxf(chain[h][0], chain[h][1]), fmaxf(chain[h][2], chain[h][3])));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xffffffffu, largest[h], lanes));
   }
+  bool moved = false;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    // A maximum that has grown by little stays the reference: exponentials up to 2^8 do no harm,
+    // and O need not be rescaled.
+    const bool stays = (largest[h] - rows.largest[h]) * scale <= 8.0f;
+    moved |= !stays;
+    largest[h] = stays ? rows.largest[h] : largest[h];
     reference[h] = largest[h] == -INFINITY ? 0.0f : largest[h] * scale;
-    correction[h] = ptx::exp2_approx(rows.largest[h] * scale - reference[h]);
+    correction[h] = stays ? 1.0f : ptx::exp2_approx(rows.largest[h] * scale - reference[h]);
     rows.largest[h] = largest[h];
   }
+  rows.moved = __any_sync(0xffffffffu, moved);
 #pragma unroll
   for (int j = 0; j < S::kKeys / 8; ++j) {
 #pragma unroll
@@ -363,12 +191,12 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
 }
 
 template <class S>
-__device__ __forceinline__ void round_probabilities(Rows<S>& rows) {
+__device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabilities<S>& to) {
 #pragma unroll
   for (int k = 0; k < S::kKeys / 16; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      rows.probability[k][i] =
+      to[k][i] =
           ptx::pack(rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], typename S::T());
   }
 }
@@ -391,9 +219,11 @@ __device__ __forceinline__ void apply_sign(Rows<S>& rows, float sign) {
 // S13: keys behind the tile's last visible one are real memory; a NaN there would meet P = 0.
 // Each warpgroup zeroes them for itself: all write the same zeros.
 template <class S>
-__device__ void zero_values(typename S::T* value, int from) {
-  const int thread = threadIdx.x % 128;
+__device__ __forceinline__ void zero_values(typename S::T* value, int from) {
+  const int thread = ptx::thread_index() % 128;  // read here, so that nothing is computed before
+#pragma unroll 1
   for (int row = from + thread / 8; row < S::kKeys; row += 16) {
+#pragma unroll 1
     for (int c = 0; c < S::kChunks; ++c) {
       auto* units = reinterpret_cast<uint4*>(value + (c * S::kKeys + row) * kChunk);
       units[thread % 8] = make_uint4(0, 0, 0, 0);
@@ -402,42 +232,56 @@ __device__ void zero_values(typename S::T* value, int from) {
   ptx::proxy_fence();
 }
 
+// Writes the lse of the rows; returns the factors that turn O into the output, kNothing for rows
+// that see no key (S11).
+constexpr float kNothing = -1.0f;
 template <class S>
-__device__ __forceinline__ void write_output(const ForwardMaps& maps, const ForwardParams& p,
-                                             Rows<S>& rows, const TileInfo& info, int group,
-                                             typename S::T* staging, float scale_ln) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  float inverse[2];
+__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S>& rows,
+                                            const TilePlace& at, int group, float scale_ln,
+                                            float (&factor)[2]) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int64_t head = head_index(p.n, at);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float sum = rows.sum[h];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const bool nothing = rows.lo[h] >= rows.hi[h];  // S11
+    const bool nothing = rows.lo[h] >= rows.hi[h];
     float largest = rows.largest[h] * scale_ln;
-    inverse[h] = 1.0f;
+    factor[h] = 1.0f;
     if (p.features.sinks) {  // S15: joins the denominator
-      const float sink = static_cast<const float*>(
-          p.features.sinks)[int64_t(info.at.b) * p.n.g * p.n.r + info.at.head];
+      const float sink = static_cast<const float*>(p.features.sinks)[head];
       const float joint = fmaxf(largest, sink);
-      inverse[h] = __expf(largest - joint);
-      sum = sum * inverse[h] + __expf(sink - joint);
+      factor[h] = __expf(largest - joint);
+      sum = sum * factor[h] + __expf(sink - joint);
       largest = joint;
     }
-    inverse[h] = nothing ? 0.0f : inverse[h] / sum;
-    if constexpr (S::kDropout) inverse[h] *= static_cast<float>(kept_scale(p.features));
-    const int row = info.at.row + 64 * group + 16 * warp + lane / 4 + 8 * h;
+    factor[h] = __fdividef(factor[h], sum);
+    if constexpr (S::kDropout) factor[h] *= static_cast<float>(kept_scale(p.features));
+    if (nothing) factor[h] = kNothing;
+    const int row = at.row + 64 * group + 16 * warp + lane / 4 + 8 * h;
     if (lane % 4 == 0 && row < p.n.sq)
-      static_cast<float*>(
-          p.lse)[(int64_t(info.at.b) * p.n.g * p.n.r + info.at.head) * p.n.sq + row] =
-          nothing ? -INFINITY : largest + logf(sum);  // S10
-    if (nothing) {                                    // not 0 * NaN
+      static_cast<float*>(p.lse)[head * p.n.sq + row] =
+          nothing ? -INFINITY : largest + __logf(sum);  // S10
+  }
+}
+
+// O of the tile at `at` through shared memory, rows of this warpgroup that nobody else reads or
+// writes, to memory. The copy engine reads `staging` until tma_wait_read.
+template <class S>
+__device__ __forceinline__ void write_output(const ForwardMaps& maps, Rows<S>& rows,
+                                             const float (&factor)[2], int64_t dv,
+                                             const TilePlace& at, int group,
+                                             typename S::T* staging) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  scale_output<S>(rows, factor);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (factor[h] < 0) {  // not NaN * kNothing
 #pragma unroll
       for (int j = 0; j < S::kD / 8; ++j) rows.out[4 * j + 2 * h] = rows.out[4 * j + 2 * h + 1] = 0;
     }
   }
-  scale_output<S>(rows, inverse);
-  // Rows of this warpgroup only: nobody else reads or writes them.
   const int row = 16 * warp + lane % 16;
 #pragma unroll
   for (int k = 0; k < S::kD / 16; ++k) {
@@ -453,21 +297,43 @@ __device__ __forceinline__ void write_output(const ForwardMaps& maps, const Forw
   ptx::named_sync(1 + group, 128);
   if (thread == 0) {
     for (int c = 0; c < S::kChunks; ++c)
-      if (c * kChunk < p.n.dv)
+      if (c * kChunk < dv)
         ptx::tma_store(&maps.out, staging + (c * S::kRows + 64 * group) * kChunk, c * kChunk,
-                       info.at.head, info.at.row + 64 * group, info.at.b);
+                       at.head, at.row + 64 * group, at.b);
     ptx::tma_commit();
   }
 }
+
+// Zeros for the rows of a tile of which this warpgroup sees nothing (S11).
+template <class S>
+__device__ void write_nothing(const ForwardParams& p, const TilePlace& at, int group) {
+  const int64_t heads = p.n.g * p.n.r;
+  const int first = at.row + 64 * group, last = min(int64_t(first) + 64, p.n.sq);
+  for (int row = first + threadIdx.x % 128 / 32; row < last; row += 4) {
+    auto* out =
+        static_cast<uint32_t*>(p.out) + ((at.b * p.n.sq + row) * heads + at.head) * p.n.dv / 2;
+    for (int i = threadIdx.x % 32; i < p.n.dv / 2; i += 32) out[i] = 0;
+  }
+}
+
+// What a warpgroup keeps of the tile it works on; the rest stays in TileInfo.
+struct Tile {
+  int first_key;           // blocks start at first_key + n * kKeys
+  int begin, end;          // those that this warpgroup's rows see
+  int full_from, full_to;  // every row sees every key of blocks that start here
+  int end_key;             // no row of the tile sees a key from here on
+};
 
 template <class S>
 __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreScale scale,
                         ForwardSmem<S>& smem, int group) {
   const int thread = threadIdx.x % 128;
   const bool leader = thread == 0;
+  const float scale_ln = scale.exponent * 0.6931471805599453f;
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
   Rows<S> rows;
+  Tile tile;
   int owed = -1;  // query buffer whose output store has not been waited for
 
   const auto release_query = [&] {
@@ -485,119 +351,204 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     if (thread % 32 == 0) ptx::barrier_arrive(&smem.value_empty[value.index()]);
     value.next();
   };
+  const auto skip = [&](int count) {
+    for (int n = 0; n < count; ++n) {
+      ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
+      release_key();
+      ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
+      release_value();
+    }
+  };
 
-  for (;; query.next()) {
-    ptx::barrier_wait(&smem.info_full[query.index()], query.parity());
-    const TileInfo& info = smem.info[query.index()];
-    if (info.blocks == kNoMoreTiles) break;
-    ptx::barrier_wait(&smem.query_full[query.index()], query.parity());
-    const int first_key = info.first_key, blocks = info.blocks;
+  // The tile in the next query buffer; false when there are no more.
+  const auto take_tile = [&] {
+    const int i = query.index();
+    ptx::barrier_wait(&smem.info_full[i], query.parity());
+    const TileInfo& info = smem.info[i];
+    if (info.blocks == kNoMoreTiles) return false;
+    ptx::barrier_wait(&smem.query_full[i], query.parity());
+    tile.first_key = info.first_key;
+    tile.full_from = info.max_lo[group];
+    tile.full_to = info.min_hi[group] - S::kKeys;
+    tile.end_key = info.end_key;
+    const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
+    const bool sees = min_lo < max_hi;
+    tile.begin = sees ? (min_lo - tile.first_key) / S::kKeys : info.blocks;
+    tile.end = sees ? (max_hi - tile.first_key + S::kKeys - 1) / S::kKeys : info.blocks;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = 64 * group + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
-      rows.lo[h] = smem.lo[query.index()][row];
-      rows.hi[h] = smem.hi[query.index()][row];
+      rows.lo[h] = smem.lo[i][row];
+      rows.hi[h] = smem.hi[i][row];
       rows.largest[h] = -INFINITY;
       rows.sum[h] = 0;
-      if constexpr (S::kShaped) rows.position[h] = smem.position[query.index()][row];
+      if constexpr (S::kShaped) rows.position[h] = smem.position[i][row];
     }
-    const int64_t head = int64_t(info.at.b) * p.n.g * p.n.r + info.at.head;
+    const int64_t head = head_index(p.n, info.at);
     if constexpr (S::kShaped) {
       rows.slope = alibi_slope(p.features, head);
       rows.keys = key_coordinates(p.features, info.at.b);
     }
     if constexpr (S::kDropout) rows.stream = dropout_stream(p.features, head);
+    return true;
+  };
+  // From a tile that was taken or not (`more`) to one of which these rows see something.
+  const auto find_tile = [&](bool more) {
+    while (more && tile.begin >= tile.end) {
+      const TileInfo& info = smem.info[query.index()];
+      float factor[2];
+      finish_rows<S>(p, rows, info.at, group, scale_ln, factor);
+      write_nothing<S>(p, info.at, group);
+      skip(info.blocks);
+      release_query();
+      ptx::named_sync(1 + group, 128);  // all have read the tile's limits
+      owed = query.index();
+      release_query();
+      query.next();
+      more = take_tile();
+    }
+    return more;
+  };
+
+  bool key_here = false, value_here = false;  // asked ahead of need
+  const auto ask_key = [&] {
+    key_here = ptx::barrier_test(&smem.key_full[key.index()], key.parity());
+  };
+  const auto ask_value = [&] {
+    value_here = ptx::barrier_test(&smem.value_full[value.index()], value.parity());
+  };
+  struct ScoreOperands {
+    ptx::Operand query, key;
+  };
+  const auto score_operands = [&]() -> ScoreOperands {
+    return {ptx::operand(smem.query[query.index()] + 64 * group * kChunk),
+            ptx::operand(smem.key[key.index()])};
+  };
+  const auto scores = [&](const ScoreOperands& operands) {
+    if (!key_here) ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
+    ptx::pin(rows.score);
+    ptx::wgmma_fence();
+    issue_scores<S>(rows.score, operands.query, operands.key);
+  };
+  const auto scores_done = [&] {
+    ptx::pin(rows.score);
+    release_key();
+  };
+  // Registers that a product reads may not be written while it is in flight, so exponentials are
+  // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
+  // merge both, and the product in flight would read the next block's numbers.
+  Probabilities<S> probability, rounded;
+  const auto take_probabilities = [&] {
+    if constexpr (S::kRoundsEarly) {
+#pragma unroll
+      for (int k = 0; k < S::kKeys / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ scale.zero;
+      }
+    } else {
+      round_probabilities<S>(rows, probability);
+    }
+  };
+  const auto outputs = [&](int block) {
+    const ptx::Operand values = ptx::operand(smem.value[value.index()], S::kKeys * 128);
+    if (!value_here) ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
+    const int first = tile.first_key + block * S::kKeys;
+    if (__any_sync(0xffffffffu, first + S::kKeys > tile.end_key)) {
+      zero_values<S>(smem.value[value.index()], tile.end_key - first);
+      ptx::named_sync(1 + group, 128);
+    }
+    ptx::pin(rows.out);
+    ptx::pin(probability);
+    ptx::wgmma_fence();
+    issue_output<S>(rows.out, probability, values);
+  };
+  // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
+  // moves it in front of the softmax, and with it the overlap away.
+  const auto outputs_done = [&](bool issued) {
+    ptx::wgmma_wait<0>();
+    ptx::pin(rows.out);
+    ptx::pin(probability);
+    if (issued) release_value();
+  };
+  float correction[2];
+  const auto exponentials = [&](int block) {
+    const int first = tile.first_key + block * S::kKeys;
+    if constexpr (S::kShaped) shape_rows<S>(rows, scale.shape, first);
+    if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
+    if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
+      apply_mask<S>(rows, first);
+    softmax<S>(rows, scale.exponent, correction);
+    if constexpr (S::kDropout) drop<S>(rows, p.features.keep_threshold, first);
+    if constexpr (S::kRoundsEarly) {
+      round_probabilities<S>(rows, rounded);
+      ptx::pin(rounded);
+    }
+  };
+  // From the scores of a tile's first block to the issue of its last product.
+  const auto work = [&] {
+    ask_key();
+    exponentials(tile.begin);
+    release_query();
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
-    const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
-    const int full_from = info.max_lo[group], full_to = info.min_hi[group] - S::kKeys;
-    const int last_whole_block = info.end_key - S::kKeys;
-    // Blocks this warpgroup's rows see: [begin, end) of the tile's.
-    const bool sees = min_lo < max_hi;
-    const int begin = sees ? (min_lo - first_key) / S::kKeys : blocks;
-    const int end = sees ? (max_hi - first_key + S::kKeys - 1) / S::kKeys : blocks;
-
-    const auto skip = [&](int count) {
-      for (int n = 0; n < count; ++n) {
-        ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
-        release_key();
-        ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-        release_value();
-      }
-    };
-    const uint64_t query_rows = ptx::descriptor(smem.query[query.index()] + 64 * group * kChunk);
-    const auto scores = [&] {
-      ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
-      ptx::pin(rows.score);
-      ptx::wgmma_fence();
-      issue_scores<S>(rows.score, query_rows, ptx::descriptor(smem.key[key.index()]));
-    };
-    const auto outputs = [&](int block) {
-      ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-      const int first = first_key + block * S::kKeys;
-      if (first > last_whole_block) {
-        zero_values<S>(smem.value[value.index()], last_whole_block + S::kKeys - first);
-        ptx::named_sync(1 + group, 128);
-      }
-      ptx::pin(rows.out);
-      ptx::pin(rows.probability);
-      ptx::wgmma_fence();
-      issue_output<S>(rows, ptx::descriptor(smem.value[value.index()], S::kKeys * 128));
-    };
-    const auto mask = [&](int block) {
-      const int first = first_key + block * S::kKeys;
-      if constexpr (S::kShaped) shape_rows<S>(rows, scale.shape, first);
-      if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
-      if (first < full_from || first > full_to) apply_mask<S>(rows, first);
-    };
-
-    // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
-    // moves it in front of the softmax, and with it the overlap away.
-    const auto finish_output = [&](bool issued, const float(&correction)[2]) {
-      ptx::wgmma_wait<0>();
-      ptx::pin(rows.out);
-      ptx::pin(rows.probability);
-      if (issued) release_value();
-      scale_output<S>(rows, correction);
-      round_probabilities<S>(rows);
-    };
-    const auto exponentials = [&](int block, float(&correction)[2]) {
-      mask(block);
-      softmax<S>(rows, scale.exponent, correction);
-      if constexpr (S::kDropout)
-        drop<S>(rows, p.features.keep_threshold, first_key + block * S::kKeys);
-    };
-
-    skip(begin);
-    if (begin < end) {
-      float correction[2];
-      scores();
-      release_query();
-      ptx::wgmma_wait<0>();
-      ptx::pin(rows.score);
-      release_key();
-      exponentials(begin, correction);
-      for (int n = begin + 1; n < end; ++n) {
-        finish_output(n > begin + 1, correction);
-        scores();
-        outputs(n - 1);
-        ptx::wgmma_wait<1>();
-        ptx::pin(rows.score);
-        release_key();
-        exponentials(n, correction);
-      }
-      finish_output(end > begin + 1, correction);
-      outputs(end - 1);
-      ptx::wgmma_wait<0>();
-      ptx::pin(rows.out);
-      release_value();
+    for (int n = tile.begin + 1; n < tile.end; ++n) {
+      const ScoreOperands operands = score_operands();  // early, for their latency
+      outputs_done(n > tile.begin + 1);
+      ask_value();
+      take_probabilities();
+      scores(operands);
+      if (rows.moved) scale_output<S>(rows, correction);
+      outputs(n - 1);
+      ptx::wgmma_wait<1>();
+      scores_done();
+      ask_key();
+      exponentials(n);
     }
-    release_query();
-    skip(blocks - max(begin, end));
-    write_output<S>(maps, p, rows, info, group, smem.query[query.index()],
-                    scale.exponent * 0.6931471805599453f);
-    owed = query.index();
+    outputs_done(tile.end > tile.begin + 1);
+    ask_value();
+    take_probabilities();
+    if (rows.moved) scale_output<S>(rows, correction);
+    outputs(tile.end - 1);
+  };
+
+  float factor[2];
+  const auto write = [&](int buffer) {
+    write_output<S>(maps, rows, factor, p.n.dv, smem.info[buffer].at, group, smem.query[buffer]);
+    owed = buffer;
     if constexpr (S::kQueries == 1) release_query();  // the next tile cannot load before
+  };
+
+  bool more = find_tile(take_tile());
+  while (more) {
+    skip(tile.begin);
+    key_here = false;
+    scores(score_operands());
+    int buffer;  // of the tile whose output is to be written
+    bool taken;  // the tile behind it
+    for (;;) {
+      ptx::wgmma_wait<0>();
+      scores_done();
+      work();
+      buffer = query.index();
+      finish_rows<S>(p, rows, smem.info[buffer].at, group, scale_ln, factor);
+      const int unseen = smem.info[buffer].blocks - tile.end;
+      query.next();
+      // The loader comes to the next tile's queries with at most kStages values behind this one.
+      const bool early = S::kQueries > 1 && unseen < S::kStages;
+      if (early) more = take_tile();
+      outputs_done(true);
+      skip(unseen);
+      taken = early;
+      if (!early || !more || tile.begin >= tile.end) break;
+      // The next tile's first scores come before this one's output.
+      skip(tile.begin);
+      key_here = false;
+      scores(score_operands());
+      write(buffer);
+    }
+    write(buffer);
+    if (!taken) more = take_tile();
+    more = find_tile(more);
   }
   release_query();
   if (leader) ptx::tma_wait();

@@ -21,7 +21,7 @@ std::string backward(const BackwardParams& p, const Device& device, cudaStream_t
 
 #ifdef __CUDACC__
 template <class... Parameters, class... Arguments>
-std::string launch_kernel(const char* name, void (*kernel)(Parameters...), int blocks, int threads,
+std::string launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
                           int shared_bytes, const Device& device, cudaStream_t stream,
                           const Arguments&... arguments) {
   // The limit is a property of (kernel, device); setting it twice is harmless, lowering it never
@@ -34,9 +34,10 @@ std::string launch_kernel(const char* name, void (*kernel)(Parameters...), int b
     error = cudaGetLastError();
   }
   if (error == cudaSuccess) return "";
-  return std::string("kernel ") + name + " (grid " + std::to_string(blocks) + ", block " +
-         std::to_string(threads) + ", shared memory " + std::to_string(shared_bytes) + ", device " +
-         std::to_string(device.index) + ") could not be launched: " + cudaGetErrorString(error);
+  return std::string("kernel ") + name + " (grid " + std::to_string(blocks.x) + " x " +
+         std::to_string(blocks.y) + ", block " + std::to_string(threads) + ", shared memory " +
+         std::to_string(shared_bytes) + ", device " + std::to_string(device.index) +
+         ") could not be launched: " + cudaGetErrorString(error);
 }
 #endif
 

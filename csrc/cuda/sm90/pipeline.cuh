@@ -18,7 +18,7 @@ constexpr bool registers_fit(int producer, int consumer, int consumers) {
 template <int kCount>
 struct Ring {
   static_assert((kCount & (kCount - 1)) == 0, "one counter serves both");
-  int uses = 0;
+  unsigned uses = 0;
   __device__ int index() const { return uses % kCount; }
   __device__ int parity() const { return uses / kCount % 2; }
   __device__ void next() { ++uses; }

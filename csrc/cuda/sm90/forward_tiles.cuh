@@ -1,0 +1,216 @@
+// Tiles of the forward kernel: shapes, shared memory, order, and the producer warps that find
+// (scout) and load them.
+#pragma once
+
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scores.cuh"
+#include "semantics/params.h"
+
+namespace jax_flashattn::cuda::sm90 {
+
+template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQueryBuffers,
+          int kKeyStages, Extent kExtent>
+struct ForwardShape {
+  using T = Element;
+  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
+  static constexpr bool kDropout = kExtent >= Extent::kDropout;
+  static constexpr int kD = kHeadDim;
+  static constexpr int kGroups = kRowGroups;
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kKeys = kKeyBlock;
+  static constexpr int kQueries = kQueryBuffers;
+  static constexpr int kStages = kKeyStages;
+  static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
+  static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
+  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
+};
+
+// What consumers need to know of a tile.
+constexpr int kNoMoreTiles = -1;  // in place of a count of blocks
+
+struct TilePlace {
+  int b, head, row;  // first row
+};
+__device__ __forceinline__ int64_t head_index(const Sizes& n, const TilePlace& at) {
+  return int64_t(at.b) * n.g * n.r + at.head;
+}
+struct TileInfo {
+  TilePlace at;
+  int first_key, blocks;  // blocks start at first_key + n * kKeys
+  int end_key;            // no row of the tile sees a key from here on
+  // Per warpgroup: union and intersection of its rows' intervals.
+  int min_lo[3], max_hi[3], max_lo[3], min_hi[3];
+};
+
+template <class S>
+struct ForwardSmem {
+  alignas(1024) typename S::T query[S::kQueries][S::kRows * S::kWidth];
+  alignas(1024) typename S::T key[S::kStages][S::kKeys * S::kWidth];
+  alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
+  TileInfo info[S::kQueries];
+  int lo[S::kQueries][S::kRows], hi[S::kQueries][S::kRows];
+  int position[S::kQueries][S::kShaped ? S::kRows : 1];  // S9, S12
+  uint64_t query_full[S::kQueries], query_empty[S::kQueries], info_full[S::kQueries];
+  uint64_t key_full[S::kStages], key_empty[S::kStages];
+  uint64_t value_full[S::kStages], value_empty[S::kStages];
+};
+
+// Scores enter exp2 as exponent * (sign * s), exponent > 0. A scale of 0 is sign 0: the sign is
+// applied to scores at once, before the mask, so that -inf stays -inf. Shaped scores come in units
+// of log2 already.
+struct ScoreScale {
+  float sign, exponent;
+  uint32_t zero = 0;  // that ptxas knows nothing of
+  ScoreShape shape;
+  ScoreScale(double scale, double softcap, bool shaped)
+      : sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
+        exponent(shaped ? 1.0f
+                        : static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
+                                             1.4426950408889634)),
+        shape(scale, softcap) {}
+};
+
+struct ForwardMaps {
+  CUtensorMap query, key, value, out;
+};
+
+// Tiles in the order blocks take them: sections of heads whose keys and values stay in L2 together;
+// within a section last rows first (under a causal mask the longest) and heads fastest.
+struct TileOrder {
+  int heads, batches, row_tiles, section;
+  int* taken;  // tiles taken beyond each block's first; 0 at launch
+  __device__ int count() const { return heads * batches * row_tiles; }
+  __device__ TilePlace place(int tile, int rows) const {
+    const int first = tile / (section * row_tiles) * section;  // head of all batches
+    const int inside = tile - first * row_tiles, width = min(section, heads * batches - first);
+    const int head = first + inside % width;
+    return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows};
+  }
+};
+
+// Limits of a tile's rows and their ranges, to shared memory.
+template <class S>
+__device__ __forceinline__ void write_tile_info(const ForwardParams& p, const TilePlace& at,
+                                                int* lo, int* hi, int* position, TileInfo* to) {
+  const int lane = threadIdx.x % 32;
+  int first = INT32_MAX, end = 0;
+#pragma unroll 1
+  for (int w = 0; w < S::kGroups; ++w) {
+    int min_lo = INT32_MAX, max_hi = 0, max_lo = 0, min_hi = INT32_MAX;
+#pragma unroll 1
+    for (int row = w * 64 + lane; row < (w + 1) * 64; row += 32) {
+      Interval v = {0, 0};
+      if (at.row + row < p.n.sq) v = row_interval(p.mask, p.n, at.b, at.row + row);
+      if (empty(v)) {
+        v = {0, 0};  // widens nothing; its output is zeroed in the epilogue
+      } else {
+        min_lo = min(min_lo, v.lo);
+        max_hi = max(max_hi, v.hi);
+        max_lo = max(max_lo, v.lo);
+        min_hi = min(min_hi, v.hi);
+      }
+      lo[row] = v.lo;
+      hi[row] = v.hi;
+      if (S::kShaped && at.row + row < p.n.sq)
+        position[row] = aligned_position(p.features, p.mask, p.n, at.b, at.row + row);
+    }
+    min_lo = warp_min(min_lo);
+    max_hi = warp_max(max_hi);
+    max_lo = warp_max(max_lo);
+    min_hi = warp_min(min_hi);
+    first = min(first, min_lo);
+    end = max(end, max_hi);
+    if (lane == 0) {
+      to->min_lo[w] = min_lo;
+      to->max_hi[w] = max_hi;
+      to->max_lo[w] = max_lo;
+      to->min_hi[w] = min_hi;
+    }
+  }
+  if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
+  if (lane == 0) {
+    to->at = at;
+    to->first_key = first;
+    to->end_key = end;
+    to->blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
+  }
+}
+
+template <class S>
+__device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem) {
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<S::kQueries> query;
+  for (int tile = blockIdx.x;; query.next()) {
+    const int i = query.index();
+    ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
+    const bool more = tile < order.count();
+    if (more)
+      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], smem.position[i],
+                         &smem.info[i]);
+    else if (leader)
+      smem.info[i].blocks = kNoMoreTiles;
+    __syncwarp();
+    if (leader) ptx::barrier_arrive(&smem.info_full[i]);
+    if (!more) return;
+    if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
+    tile = __shfl_sync(0xffffffffu, tile, 0);
+  }
+}
+
+template <class S>
+__device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
+  Ring<S::kQueries> query;
+  Ring<S::kStages> key, value;
+  // The scout waited for the query buffer to be empty.
+  const auto load_queries = [&] {
+    const TileInfo& info = smem.info[query.index()];
+    if (info.blocks != kNoMoreTiles)
+      load_tile<S::kRows, S::kChunks>(smem.query[query.index()], &maps.query,
+                                      &smem.query_full[query.index()], info.at.head, info.at.row,
+                                      info.at.b);
+    query.next();
+  };
+  // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most of
+  // the traffic is queries, and waits for memory.
+  const auto next_is_known = [&] {
+    const bool known = ptx::barrier_test(&smem.info_full[query.index()], query.parity());
+    if (known) load_queries();
+    return known;
+  };
+  bool queried = false;  // for this tile
+  for (Ring<S::kQueries> tile;; tile.next()) {
+    if (!queried) {
+      ptx::barrier_wait(&smem.info_full[query.index()], query.parity());
+      load_queries();
+    }
+    queried = false;
+    const TileInfo& info = smem.info[tile.index()];
+    const int blocks = info.blocks, first = info.first_key, b = info.at.b,
+              head = info.at.head / group;
+    if (blocks == kNoMoreTiles) return;
+    // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
+    for (int n = 0; n <= blocks; ++n) {
+      if (n < blocks) {
+        const int x = key.index();
+        ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
+        load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], head,
+                                        first + n * S::kKeys, b);
+        key.next();
+      }
+      if (n > 0) {
+        const int x = value.index();
+        ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
+        load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x], head,
+                                        first + (n - 1) * S::kKeys, b);
+        value.next();
+      }
+      queried = queried || next_is_known();
+    }
+  }
+}
+
+}  // namespace jax_flashattn::cuda::sm90
