@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import hlo
 
-from jax_flashattn import flash_attn_with_kvcache
+from jax_flashattn import _native, flash_attn_with_kvcache
 
 SIGNATURE = (  # reference: flash-attn 2.8.3
     "q,k_cache,v_cache,k=None,v=None,rotary_cos=None,rotary_sin=None,cache_seqlens=None,"
@@ -260,44 +260,68 @@ def test_chunked_prefill_and_decode_give_the_whole_sequence():
         np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-9, atol=1e-12)
 
 
-def _step(q, k_cache, v_cache, new, lengths):
-    return flash_attn_with_kvcache(
-        q, k_cache, v_cache, new, new, cache_seqlens=lengths, causal=True
-    )
+def _decode_loop(loop, steps, kind, q, caches, new, lengths):
+    """One decode step, or `steps` in a loop of jax.lax; returns caches, lengths, out."""
+    arguments = KINDS[kind]().arguments
+
+    def step(carry):
+        caches, n, q = carry
+        out, *caches = flash_attn_with_kvcache(
+            q, *caches, new, new, cache_seqlens=n, causal=True, **arguments
+        )
+        return tuple(caches), n + 1, out
+
+    start = (tuple(caches), lengths, q)
+    if loop == "scan":
+        return jax.lax.scan(lambda c, _: (step(c), None), start, length=steps)[0]
+    if loop == "while":
+        return jax.lax.while_loop(lambda c: c[1][0] < lengths[0] + steps, step, start)
+    return step(start)
 
 
-def _cache_sized(compiled, shape: str) -> list[str]:
-    """Operations of the entry and loop computations with a result of the cache's shape."""
-    lines = re.findall(rf"= {re.escape(shape)}\S* (\S+)\(", compiled.as_text())
-    fine = {"parameter", "get-tuple-element", "scatter", "fusion", "dynamic-update-slice"}
-    return [x for x in lines if x not in fine]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("loop", ["none", "scan", "while"])
+def test_a_donated_cache_stays_where_it_is(loop, dtype, kind):
+    """Nothing but the two appends has a result of the cache's size, also with pages and indices."""
+    cache = KINDS[kind]().store(np.zeros((2, B, CAPACITY, HK, D)))[0].astype(dtype)
+    cache = jnp.asarray(np.concatenate([cache] * 4))  # larger than all that is temporary
+    q, new = jnp.ones((B, 1, HQ, D), dtype), jnp.ones((B, 1, HK, D), dtype)
+    lengths = jnp.asarray(LENGTHS)
 
+    def compiled(donate):
+        run = jax.jit(functools.partial(_decode_loop, loop, 8, kind), donate_argnums=donate)
+        return run.lower(q, (cache, cache), new, lengths).compile()
 
-@pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("lengths", [17, np.array([3, 9, 100, 7], np.int32)], ids=["int", "array"])
-def test_a_donated_cache_is_updated_in_place(loop, lengths):
-    """No copy of the cache, and temporary memory far below its size; also carried through scan."""
-    cache = jnp.zeros((4, 512, HK, D), jnp.float32)
-    q, new = jnp.ones((4, 1, HQ, D), jnp.float32), jnp.ones((4, 1, HK, D), jnp.float32)
+    def cache_sized(compiled):
+        shape = {"bfloat16": "bf16", "float32": "f32"}[dtype] + str([*cache.shape]).replace(" ", "")
+        found = re.findall(rf"= {re.escape(shape)}\S* (\S+)\(", compiled.as_text())
+        fine = ("parameter", "get-tuple-element", "custom-call")
+        return [x for x in found if x not in fine]
 
-    def run(q, k_cache, v_cache):
-        if not loop:
-            return _step(q, k_cache, v_cache, new, lengths)
-
-        def body(carry, _):
-            k_cache, v_cache, n, q = carry
-            out, k_cache, v_cache = _step(q, k_cache, v_cache, new, n)
-            return (k_cache, v_cache, n + 1, out), out
-
-        start = (k_cache, v_cache, jnp.asarray(lengths, jnp.int32), q)
-        return jax.lax.scan(body, start, length=8)
-
-    compiled = jax.jit(run, donate_argnums=(1, 2)).lower(q, cache, cache).compile()
-    hlo.assert_kernels(compiled.as_text(), forward=1)
-    assert not _cache_sized(compiled, "f32[4,512,2,32]")
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < cache.nbytes / 20
+    donated = compiled(1)
+    text = donated.as_text()
+    assert hlo.count_calls(text, _native.APPEND) == 2
+    assert hlo.count_calls(text, _native.CACHED) == 1
+    assert cache_sized(donated) == []
+    memory = donated.memory_analysis()
+    assert memory.temp_size_in_bytes < cache.nbytes / 2
     assert memory.alias_size_in_bytes >= 2 * cache.nbytes
+    assert cache_sized(compiled(())) != [], "the check sees the copies of what is not donated"
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_gives_what_its_steps_give(kind, loop):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 1, HQ, D), normal(2, B, 1, HK, D)
+    caches = tuple(layout.store(garbage_behind(normal(1, 2, B, CAPACITY, HK, D), LENGTHS)))
+    run = jax.jit(functools.partial(_decode_loop, loop, 4, kind), donate_argnums=1)
+    results = run(q, jax.tree.map(jnp.asarray, caches), new, jnp.asarray(LENGTHS))
+    for n in range(4):
+        caches, _, q = _decode_loop("none", 1, kind, q, caches, new, jnp.asarray(LENGTHS + n))
+    for x, y in zip((*results[0], results[2]), (*caches, q)):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 def _bad(**change):
@@ -319,6 +343,8 @@ BAD = (
     ({"cache_leftpad": [0, 33]}, "cache_leftpad must be 0 to 32, got 0 to 33"),
     ({"block_table": TABLE + 2}, "block_table must hold ids 0 to 1, got 2"),
     ({"block_table": TABLE, "cache_batch_idx": [0, 1]}, "no meaning with block_table"),
+    ({"implementation": "cudnn"}, "implementation must be one of .*'xla'.*, got 'cudnn'"),
+    ({"block_table": TABLE[:, :0]}, r"with one block at least, got \(2, 0\)"),
     ({"block_table": TABLE[:1]}, r"block_table must have shape \[2, blocks per sequence\]"),
     ({"num_splits": -1}, "num_splits must be 0 to 128, got -1"),
     ({"rotary_cos": np.ones((32, 4))}, "rotary_cos and rotary_sin must be given together"),

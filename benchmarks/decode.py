@@ -1,0 +1,146 @@
+"""One decode step on CPU: against jax.nn and read bandwidth, and what appending costs."""
+
+import concurrent.futures
+import ctypes
+import itertools
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import record
+from jax_flashattn import flash_attn_with_kvcache
+
+CACHE, HQ, HK, D, BLOCK = 8192, 32, 8, 128, 256
+CELLS = tuple(itertools.product(("bfloat16", "float32"), (8, 1)))
+
+
+def _read_loop():
+    """read_loop.c, compiled for this machine."""
+    source = pathlib.Path(__file__).with_name("read_loop.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = pathlib.Path(folder) / "read_loop.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).read_words
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+    return function
+
+
+def read_bandwidth(size: int, seconds: float) -> float:
+    """Bytes per second of the best pass over `size` bytes, one thread for each core."""
+    read, cores = _read_loop(), len(os.sched_getaffinity(0))
+    words = np.ones(size // 8 // (64 * cores) * (64 * cores), np.uint64)
+    share = words.size // cores
+    starts = [words.ctypes.data + 8 * share * n for n in range(cores)]
+    best, end = float("inf"), time.perf_counter() + seconds
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:  # ctypes lets go of the GIL
+        while time.perf_counter() < end or best == float("inf"):
+            begin = time.perf_counter()
+            total = sum(pool.map(lambda start: read(start, share), starts))
+            best = min(best, time.perf_counter() - begin)
+            assert total == words.size
+    return words.nbytes / best
+
+
+def _arrays(dtype: str, b: int):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((b, 1, HQ, D), np.float32), dtype)
+    caches = [
+        jnp.asarray(rng.standard_normal((b, CACHE, HK, D), np.float32), dtype) for _ in range(2)
+    ]
+    return q, *caches
+
+
+def _reads(dtype: str, b: int, seconds: float) -> dict:
+    """One token over a full cache: contiguous, paged and by jax.nn."""
+    q, k, v = _arrays(dtype, b)
+    table = np.random.default_rng(1).permutation(b * CACHE // BLOCK).reshape(b, -1)
+    table = jnp.asarray(table, jnp.int32)
+    blocks = [x.reshape(-1, BLOCK, HK, D) for x in (k, v)]
+    lengths = jnp.full(b, CACHE, jnp.int32)
+    ours = jax.jit(lambda q, k, v, n: flash_attn_with_kvcache(q, k, v, cache_seqlens=n))
+    paged = jax.jit(
+        lambda q, k, v, n, t: flash_attn_with_kvcache(q, k, v, cache_seqlens=n, block_table=t)
+    )
+    theirs = jax.jit(jax.nn.dot_product_attention)
+    times = record.interleaved_medians(
+        {
+            "ours": lambda: jax.block_until_ready(ours(q, k, v, lengths)),
+            "ours, paged": lambda: jax.block_until_ready(paged(q, *blocks, lengths, table)),
+            "jax.nn": lambda: jax.block_until_ready(theirs(q, k, v)),
+        },
+        seconds,
+    )
+    size = k.nbytes + v.nbytes
+    bandwidth = read_bandwidth(size, seconds)
+    return {
+        "what": "attention of one token",
+        "dtype": dtype,
+        "b": b,
+        "milliseconds": {name: round(t * 1e3, 3) for name, t in times.items()},
+        "gigabytes per second": {
+            "ours": round(size / times["ours"] / 1e9, 2),
+            "ours, paged": round(size / times["ours, paged"] / 1e9, 2),
+            "read loop": round(bandwidth / 1e9, 2),
+        },
+        "of read bandwidth": round(size / times["ours"] / bandwidth, 3),
+        "vs jax.nn": round(times["jax.nn"] / times["ours"], 2),
+    }
+
+
+def _appends(dtype: str, b: int, seconds: float) -> dict:
+    """One step, append and attention over 64 keys, by how it gets its cache."""
+    q, k, v = _arrays(dtype, b)
+    new = k[:, :1]
+
+    def step(k, v, implementation):
+        n = jnp.full(b, 64, jnp.int32)
+        out, k, v = flash_attn_with_kvcache(
+            q, k, v, new, new, cache_seqlens=n, window_size=(64, 0), implementation=implementation
+        )
+        return k, v, out
+
+    def runner(donate: bool, implementation: str):
+        run = jax.jit(
+            lambda k, v: step(k, v, implementation), donate_argnums=(0, 1) if donate else ()
+        )
+        state = [k.copy(), v.copy()]
+
+        def call():
+            *state[:], out = run(*state)
+            jax.block_until_ready((state, out))
+
+        return call
+
+    times = record.interleaved_medians(
+        {
+            "donated": runner(True, "kernel"),
+            "copied": runner(False, "kernel"),
+            "donated, XLA's scatter": runner(True, "xla"),
+        },
+        seconds,
+    )
+    return {
+        "what": "append, then attention over 65 keys",
+        "dtype": dtype,
+        "b": b,
+        "milliseconds": {name: round(t * 1e3, 3) for name, t in times.items()},
+    }
+
+
+def run(seconds: float) -> None:
+    """Prints a row for each measurement and writes results/cpu_decode.json."""
+    rows = []
+    for measure in (_reads, _appends):
+        for dtype, b in CELLS:
+            rows.append(measure(dtype, b, seconds))
+            print(rows[-1], flush=True)
+    shape = {"cache": CACHE, "hq": HQ, "hk": HK, "d": D, "block": BLOCK}
+    load = {"load average": round(os.getloadavg()[0], 2)}
+    print("written", record.write("cpu_decode", [shape | load, *rows]))
