@@ -2,7 +2,7 @@
 
 set(KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -Wall)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  list(APPEND KERNEL_FLAGS -Wno-maybe-uninitialized) # GCC 12 warns inside its own intrinsics
+  list(APPEND KERNEL_FLAGS -Wno-maybe-uninitialized -Wno-uninitialized) # GCC 12 warns inside its own intrinsics
 endif()
 
 set(CPU_ISAS baseline)

@@ -143,7 +143,8 @@ def flash_attn_with_kvcache(
         capacity=cache.capacity,
         **options,
     )
-    parts = parts_of(*q.shape[:3], cache.capacity, num_splits)
+    b, sq, hq, _ = q.shape
+    parts = parts_of(b, sq, hq, cache.capacity, num_splits)
     out, lse = attend(operands, cache.ids(), spec, parts)
     results = (out,) if new is None else (out, k_cache, v_cache)
     results = (*results, lse) if return_softmax_lse else results

@@ -14,7 +14,6 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-constexpr int64_t kKeys = 64;        // of a tile
 constexpr int64_t kRowBytes = 4096;  // of one position, wanted for a task: whole pages of memory
 constexpr int64_t kTaskRows = 64;    // query rows of a task, unless one head has more
 
@@ -53,6 +52,7 @@ struct Task {
   using Acc = typename P::Acc;
   using T = typename P::T;
   using Weight = typename P::Weight;
+  static constexpr int64_t kKeys = P::kKeys, kPitch = P::kQueryPitch;
 
   const CachedParams& p;
   const Plan& plan;
@@ -61,22 +61,26 @@ struct Task {
   int64_t from, to;
   // Of the thread. Rows are [heads][r][sq].
   T* query;
-  Acc *score, *out, *max, *sum;
+  Acc *score, *out, *max, *sum;  // sum: one of each lane
   Weight* weight;
-  int64_t *key_at, *value_at;
+  struct Places {
+    int64_t *key, *value;  // [kKeys], offsets of this task's heads
+  } here, next;
   Interval* limits;  // [sq]
 
   Task(Arena& a, const CachedParams& p, const Plan& plan)
       : p(p), plan(plan), d(P::padded(p.n.d)), dv(P::padded(p.n.dv)) {
     const int64_t rows = plan.heads * plan.rows;
-    query = a.take<T>(rows * d);
+    query = a.take<T>(rows * kPitch);
     score = a.take<Acc>(rows * kKeys);
     out = a.take<Acc>(rows * dv);
     max = a.take<Acc>(rows);
-    sum = a.take<Acc>(rows);
+    sum = a.take<Acc>(rows * kLanes<Acc>);
     weight = a.take<Weight>(rows * kKeys);
-    key_at = a.take<int64_t>(kKeys);
-    value_at = a.take<int64_t>(kKeys);
+    for (Places* places : {&here, &next}) {
+      places->key = a.take<int64_t>(kKeys);
+      places->value = a.take<int64_t>(kKeys);
+    }
     limits = a.take<Interval>(p.n.sq);
   }
 
@@ -99,31 +103,43 @@ struct Task {
     for (int64_t row = 0; row < rows(); ++row) {
       const int64_t at = (b * p.n.sq + row_of(row)) * p.n.g * p.n.r + head_of(row);
       for (int64_t c = 0; c < d; ++c)
-        query[row * d + c] = c < p.n.d ? as_operand<Storage, T>(q[at * p.n.d + c]) : T(0);
+        query[row * kPitch + c] = c < p.n.d ? as_operand<Storage, T>(q[at * p.n.d + c]) : T(0);
     }
     fill(out, rows() * dv, Acc(0));
     fill(max, rows(), -std::numeric_limits<Acc>::infinity());
-    fill(sum, rows(), Acc(0));
+    fill(sum, rows() * kLanes<Acc>, Acc(0));
   }
 
   // Where the keys of a tile lie; behind its end the last one again. Ids out of range are clamped.
-  void locate(int64_t j0, int64_t count) {
-    for (int64_t j = 0; j < kKeys; ++j) {
-      const int64_t at = j0 + min64(j, count - 1);
-      const int64_t block = clamp<int64_t>(p.pages.block(b, at), 0, p.pages.blocks - 1);
-      const int64_t place = (block * p.pages.size + at % p.pages.size) * p.n.g + first_head;
-      key_at[j] = place * p.n.d;
-      value_at[j] = place * p.n.dv;
+  void locate(int64_t j0, Places* places) {
+    int64_t row = 0, left = 0;  // of the cache; of its block
+    for (int64_t j = 0; j < kKeys; ++j, ++row, --left) {
+      const int64_t at = j0 + j;
+      if (at >= to) {
+        --row;
+      } else if (left == 0) {
+        const int64_t block = clamp<int64_t>(p.pages.block(b, at), 0, p.pages.blocks - 1);
+        left = p.pages.size - at % p.pages.size;
+        row = (block + 1) * p.pages.size - left;
+      }
+      places->key[j] = (row * p.n.g + first_head) * p.n.d;
+      places->value[j] = (row * p.n.g + first_head) * p.n.dv;
     }
   }
 
   // Raw products of all rows; key by key, because the heads of one key are neighbours.
   void multiply_keys(int64_t count) {
     const auto* k = static_cast<const Storage*>(p.k);
+    auto values = stream(p.v, here.value, count, p.n.dv);
     for (int64_t j = 0; j < count; j += P::kBlock)
       for (int64_t h = 0; h < heads; ++h)
-        P::scores(query + h * plan.rows * d, plan.rows, d, k + h * p.n.d, key_at + j, p.n.d,
-                  score + h * plan.rows * kKeys + j, kKeys);
+        P::scores(query + h * plan.rows * kPitch, plan.rows, k + h * p.n.d, here.key + j, p.n.d,
+                  score + h * plan.rows * kKeys + j, values);
+  }
+
+  typename P::Stream stream(const void* base, const int64_t* at, int64_t count, int64_t width) {
+    const auto bytes = static_cast<int64_t>(heads * width * sizeof(Storage));
+    return {base, at, count, bytes};
   }
 
   // S8: products become scores; then weights, relative to the row's largest score so far.
@@ -161,31 +177,32 @@ struct Task {
       store(s + j, x);
       largest = FLASH_ISA::max(largest, x);
     }
-    Acc reference = -kInf;
-    for (int l = 0; l < L; ++l) reference = reference > largest[l] ? reference : largest[l];
+    Acc reference = largest_lane<Acc>(largest, std::make_integer_sequence<int, L>{});
     const Acc before = max[row];
     max[row] = reference;
     if (reference == -kInf) reference = 0;
     if (before != max[row]) {
       const Acc correction = before == -kInf ? Acc(0) : exp2_of(before - reference);
-      sum[row] *= correction;
+      store(sum + row * L, load(sum + row * L) * correction);
       for (int64_t c = 0; c < dv; c += L)
         store(out + row * dv + c, load(out + row * dv + c) * correction);
     }
-    Vec<Acc> total{};
+    Vec<Acc> total = load(sum + row * L);
     for (int64_t j = begin / L * L; j < end; j += L) {
       const Vec<Acc> x = exp2<P::kExpTerms>(load(s + j) - reference);
       total += x;
       store_narrow(weight + row * kKeys + j, x);
     }
-    for (int l = 0; l < L; ++l) sum[row] += total[l];
+    store(sum + row * L, total);
   }
 
   // S5: all rows of a tile at once if all see all of it, else each row what it sees.
   void add_tile(int64_t j0, int64_t count, bool full) {
-    locate(j0, count);
+    std::swap(here, next);
+    locate(j0 + kKeys < to ? j0 + kKeys : j0, &next);
     multiply_keys(count);
     const auto* v = static_cast<const Storage*>(p.v);
+    auto keys = stream(p.k, next.key, min64(kKeys, to - j0 - count), p.n.d);
     const auto clipped = [&](int32_t j) { return clamp<int64_t>(j - j0, 0, count); };
     for (int64_t row = 0; row < rows(); ++row) {
       const Interval seen = limits[row_of(row)];
@@ -193,13 +210,13 @@ struct Task {
       if (begin >= end) continue;
       softmax(row, j0, begin, end);
       if (full) continue;
-      P::add_values(weight + row * kKeys + begin, kKeys, 1, v + row / plan.rows * p.n.dv,
-                    value_at + begin, end - begin, p.n.dv, out + row * dv, dv);
+      P::add_values(weight + row * kKeys + begin, 1, v + row / plan.rows * p.n.dv,
+                    here.value + begin, end - begin, p.n.dv, out + row * dv, dv, keys);
     }
     if (!full) return;
     for (int64_t h = 0; h < heads; ++h)
-      P::add_values(weight + h * plan.rows * kKeys, kKeys, plan.rows, v + h * p.n.dv, value_at,
-                    count, p.n.dv, out + h * plan.rows * dv, dv);
+      P::add_values(weight + h * plan.rows * kKeys, plan.rows, v + h * p.n.dv, here.value, count,
+                    p.n.dv, out + h * plan.rows * dv, dv, keys);
   }
 
   void run(int64_t task) {
@@ -212,7 +229,10 @@ struct Task {
     const int64_t share = ceil_div(ceil_div(length, p.parts), kKeys) * kKeys;
     from = all.min_lo + part * share;
     to = min64(all.max_hi, from + share);
-    if (length > 0 && from < to) start();
+    if (length > 0 && from < to) {
+      start();
+      locate(from, &next);
+    }
     for (int64_t j0 = from; length > 0 && j0 < to; j0 += kKeys) {
       const int64_t count = min64(kKeys, to - j0);
       add_tile(j0, count, classify(all, j0, j0 + count) == TileClass::kFull);
@@ -224,7 +244,8 @@ struct Task {
       const bool none = length == 0 || from >= to;
       if (!none) std::memcpy(to_row, out + row * dv, dv * sizeof(Acc));
       statistics[0] = none ? -std::numeric_limits<Acc>::infinity() : max[row];
-      statistics[1] = none ? Acc(0) : sum[row];
+      statistics[1] = 0;
+      for (int l = 0; l < kLanes<Acc> && !none; ++l) statistics[1] += sum[row * kLanes<Acc> + l];
     }
   }
 };

@@ -28,7 +28,10 @@ struct WideElements {
   }
   static V load_query(const T* p) { return load(p); }
   static Vec<Acc> multiply(Vec<Acc> acc, V a, V b) { return acc + a * b; }
-  static V weights(const Weight* p, int64_t) { return splat(*p); }
+  template <int kCount>
+  static V weights(const Weight* p) {
+    return splat(*p);
+  }
   static void columns(const V (&keys)[1], V (&v)[1]) { v[0] = keys[0]; }
   static constexpr int64_t column(int64_t c) { return c; }
 };
@@ -53,12 +56,10 @@ struct PairedElements {
     return (Vec<Acc>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
   // Of two keys, or of one and nothing.
-  static V weights(const Weight* p, int64_t count) {
-    int32_t pair;
-    if (count >= 2)
-      __builtin_memcpy(&pair, p, sizeof pair);
-    else
-      pair = static_cast<uint16_t>(*p);
+  template <int kCount>
+  static V weights(const Weight* p) {
+    int32_t pair = 0;
+    __builtin_memcpy(&pair, p, kCount * sizeof(Weight));
     return V{} + pair;
   }
   // In the order of the instruction; `column` says which column is where.
@@ -79,16 +80,31 @@ template <>
 struct Elements<bf16> : PairedElements {};
 #endif
 
-// Lane n of the result is the sum of the lanes of v[n].
-template <class Acc>
-inline Vec<Acc> sums_of_lanes(Vec<Acc> (&v)[kLanes<Acc>]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Acc>>{};
+// The largest lane, or NaN if that is what comparisons leave.
+template <class Acc, int... kLane>
+inline Acc largest_lane(Vec<Acc> v, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
 #pragma GCC unroll 4
-  for (int half = kLanes<Acc> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int n = 0; n < half; ++n)
-      v[n] = interleave_low(v[n], v[n + half], lanes) + interleave_high(v[n], v[n + half], lanes);
+  for (int half = L / 2; half > 0; half /= 2) {
+    Vec<std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>> other{(kLane ^ half)...};
+    v = max(__builtin_shuffle(v, other), v);
+  }
   return v[0];
+}
+
+// Lane n of the result is the sum of the lanes of v[n]. By recursion, not a loop: the vectors must
+// not leave their registers.
+template <class Acc, int kHalf = kLanes<Acc> / 2>
+[[gnu::always_inline]] inline Vec<Acc> sums_of_lanes(Vec<Acc> (&v)[kLanes<Acc>]) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<Acc>>{};
+#pragma GCC unroll 8
+    for (int n = 0; n < kHalf; ++n)
+      v[n] = interleave_low(v[n], v[n + kHalf], lanes) + interleave_high(v[n], v[n + kHalf], lanes);
+    return sums_of_lanes<Acc, kHalf / 2>(v);
+  }
 }
 
 template <class Storage>
@@ -99,7 +115,9 @@ struct Products : Elements<Storage> {
   using V = typename E::V;
   using Weight = typename E::Weight;
   static constexpr int L = kLanes<Acc>;
-  static constexpr int kBlock = L;  // keys of one call of `scores`
+  static constexpr int kBlock = L;                     // keys of one call of `scores`
+  static constexpr int64_t kKeys = 64;                 // of a tile: the pitch of scores and weights
+  static constexpr int64_t kQueryPitch = kMaxHeadDim;  // of query rows
   static constexpr int kMostRows = L < 4 ? L : 4;
   static constexpr int kAccumulators = kVectorBytes == 64 ? 16 : 8;
 
@@ -107,22 +125,53 @@ struct Products : Elements<Storage> {
     return (width + E::kWidth - 1) / E::kWidth * E::kWidth;
   }
 
+  // Asks for memory that is read next, `rows` pieces of `bytes`, in ascending order: a stream is
+  // what the hardware then continues by itself. Both products call it as they go.
+  struct Stream {
+    const Storage* base;
+    const int64_t* at;  // of each piece
+    int64_t pieces, bytes;
+    const char *p, *end;
+    Stream(const void* base, const int64_t* at, int64_t pieces, int64_t bytes)
+        : base(static_cast<const Storage*>(base)), at(at), pieces(pieces), bytes(bytes) {
+      p = end = static_cast<const char*>(base);
+      advance();
+    }
+    void advance() {
+      if (pieces <= 0) return;
+      p = reinterpret_cast<const char*>(base + *at++);
+      end = p + bytes;
+      --pieces;
+    }
+    // As much as so many loads read.
+    template <int kLoads>
+    void fetch() {
+      constexpr int kBytes = kLoads * E::kWidth * static_cast<int>(sizeof(Storage));
+      constexpr int kLines = kBytes > 64 ? kBytes / 64 : 1;
+      if (p >= end) return;
+#pragma GCC unroll 16
+      for (int n = 0; n < kLines; ++n) __builtin_prefetch(p + n * 64, 0, 2);
+      p += kLines * 64;
+      if (__builtin_expect(p >= end, 0)) advance();
+    }
+  };
+
   // score[row][j] = q[row] . k[at[j]] for kBlock keys; query rows are padded with zeros.
-  static void scores(const T* q, int64_t rows, int64_t q_pitch, const Storage* k, const int64_t* at,
-                     int64_t d, Acc* score, int64_t pitch) {
+  static void scores(const T* q, int64_t rows, const Storage* k, const int64_t* at, int64_t d,
+                     Acc* score, Stream& next) {
     by_rows(rows, [&](auto count, int64_t row) {
-      block_of_scores<count.value>(q + row * q_pitch, q_pitch, k, at, d, score + row * pitch,
-                                   pitch);
+      const auto block = d % E::kWidth == 0 ? block_of_scores<count.value, false>
+                                            : block_of_scores<count.value, true>;
+      block(q + row * kQueryPitch, k, at, d, score + row * kKeys, next);
     });
   }
 
   // out[row] += sum over j of weight[row][j] * v[at[j]], columns in the order of `column`.
-  static void add_values(const Weight* weight, int64_t pitch, int64_t rows, const Storage* v,
-                         const int64_t* at, int64_t count, int64_t dv, Acc* out,
-                         int64_t out_pitch) {
+  static void add_values(const Weight* weight, int64_t rows, const Storage* v, const int64_t* at,
+                         int64_t count, int64_t dv, Acc* out, int64_t out_pitch, Stream& next) {
     by_rows(rows, [&](auto n, int64_t row) {
       constexpr int kR = n.value, kUnits = kAccumulators / (kR * E::kVectors);
-      const Values x{weight + row * pitch, pitch, v, at, count, out + row * out_pitch, out_pitch};
+      const Values x{weight + row * kKeys, v, at, count, out + row * out_pitch, out_pitch, next};
       const int64_t whole = dv / E::kWidth * E::kWidth;
       const int64_t done = whole_columns<kR, (kUnits > 1 ? kUnits : 1)>(x, 0, whole);
       if (done < dv) columns_of_values<kR, 1, true>(x, done, dv - done);
@@ -142,43 +191,45 @@ struct Products : Elements<Storage> {
     if (rows - row >= 1) body(Width<1>{}, row);
   }
 
-  template <int kR>
-  static void block_of_scores(const T* q, int64_t q_pitch, const Storage* k, const int64_t* at,
-                              int64_t d, Acc* score, int64_t pitch) {
+  template <int kR, bool kTail>
+  static void block_of_scores(const T* q, const Storage* k, const int64_t* at, int64_t d,
+                              Acc* score, Stream& next) {
     constexpr int kK = L / kR;
+    Stream stream = next;
     for (int j = 0; j < kBlock; j += kK) {
-      Vec<Acc> acc[L] = {};
-      const auto step = [&](int64_t c, auto load_key) {
+      Vec<Acc> acc[L];
+#pragma GCC unroll 16
+      for (int n = 0; n < L; ++n) acc[n] = Vec<Acc>{};
+      for (int64_t c = 0; c < d; c += E::kWidth) {
         V row[kR];
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) row[r] = E::load_query(q + r * q_pitch + c);
+        for (int r = 0; r < kR; ++r) row[r] = E::load_query(q + r * kQueryPitch + c);
 #pragma GCC unroll 16
         for (int n = 0; n < kK; ++n) {
-          const V key = load_key(k + at[j + n] + c);
+          const Storage* const p = k + at[j + n] + c;
+          const V key = kTail && c + E::kWidth > d ? E::load_some(p, d - c) : E::load_all(p);
 #pragma GCC unroll 4
           for (int r = 0; r < kR; ++r) acc[r * kK + n] = E::multiply(acc[r * kK + n], row[r], key);
         }
-      };
-      int64_t c = 0;
-      for (; c + E::kWidth <= d; c += E::kWidth)
-        step(c, [](const Storage* p) { return E::load_all(p); });
-      if (c < d) step(c, [&](const Storage* p) { return E::load_some(p, d - c); });
+        stream.template fetch<kK>();
+      }
       const Vec<Acc> sums = sums_of_lanes<Acc>(acc);
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r)
-        __builtin_memcpy(score + r * pitch + j, reinterpret_cast<const Acc*>(&sums) + r * kK,
+        __builtin_memcpy(score + r * kKeys + j, reinterpret_cast<const Acc*>(&sums) + r * kK,
                          kK * sizeof(Acc));
     }
+    next = stream;
   }
 
   struct Values {
     const Weight* weight;
-    int64_t pitch;
     const Storage* v;
     const int64_t* at;
     int64_t count;
     Acc* out;
     int64_t out_pitch;
+    Stream& next;
   };
 
   // As many columns as fit whole groups of kUnits loads, then smaller groups; where it ended.
@@ -198,33 +249,47 @@ struct Products : Elements<Storage> {
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) acc[r][n] = load(x.out + r * x.out_pitch + c0 + n * L);
-    for (int64_t j = 0; j < x.count; j += K) {
-      const int64_t keys = x.count - j;
-      V weight[kR];
-#pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r) weight[r] = E::weights(x.weight + r * x.pitch + j, keys);
-#pragma GCC unroll 16
-      for (int u = 0; u < kUnits; ++u) {
-        V key[K], columns[E::kVectors];
-#pragma GCC unroll 2
-        for (int n = 0; n < K; ++n) {
-          const Storage* const p = x.v + x.at[j + (n < keys ? n : 0)] + c0 + u * E::kWidth;
-          key[n] = kTail ? E::load_some(p, left) : E::load_all(p);
-          if (K > 1 && n >= keys) key[n] = V{};  // nothing, not 0 * inf
-        }
-        E::columns(key, columns);
-#pragma GCC unroll 2
-        for (int n = 0; n < E::kVectors; ++n)
-#pragma GCC unroll 4
-          for (int r = 0; r < kR; ++r)
-            acc[r][u * E::kVectors + n] =
-                E::multiply(acc[r][u * E::kVectors + n], weight[r], columns[n]);
-      }
+    Stream stream = x.next;
+    const Storage* const v = x.v + c0;
+    const Weight* weight = x.weight;
+    const int64_t *at = x.at, *const end = x.at + x.count;
+    for (; at + K <= end; at += K, weight += K) {
+      stream.template fetch<kUnits * K>();
+      add_keys<kR, kUnits, kTail, K>(acc, weight, v, at, left);
     }
+    if (at < end) add_keys<kR, kUnits, kTail, 1>(acc, weight, v, at, left);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 16
       for (int n = 0; n < kN; ++n) store(x.out + r * x.out_pitch + c0 + n * L, acc[r][n]);
+    x.next = stream;
+  }
+
+  // kCount keys, of those that one instruction takes; a missing one is nothing, not 0 * inf.
+  template <int kR, int kUnits, bool kTail, int kCount>
+  [[gnu::always_inline]] static void add_keys(Vec<Acc> (&acc)[kR][kUnits * E::kVectors],
+                                              const Weight* weight_at, const Storage* v,
+                                              const int64_t* at, int64_t left) {
+    V weight[kR];
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) weight[r] = E::template weights<kCount>(weight_at + r * kKeys);
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnits; ++u) {
+      V key[E::kKeysAtOnce] = {}, columns[E::kVectors];
+#pragma GCC unroll 2
+      for (int n = 0; n < kCount; ++n) {
+        const Storage* const p = v + at[n] + u * E::kWidth;
+        key[n] = kTail ? E::load_some(p, left) : E::load_all(p);
+      }
+      E::columns(key, columns);
+#pragma GCC unroll 2
+      for (int n = 0; n < E::kVectors; ++n)
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r) {
+          Vec<Acc>& sum = acc[r][u * E::kVectors + n];
+          sum = E::multiply(sum, weight[r], columns[n]);
+        }
+    }
   }
 };
 
