@@ -66,31 +66,30 @@ def one(
     window_size=(-1, -1),
     softmax_scale=D**-0.5,
     softcap=np.inf,
-    alibi_slopes=(0.0,) * HQ,
+    alibi_slopes=None,
     **_,
 ):
     """out, lse of q [sq, hq, d] over keys first, first + 1, ... of k, v [n, hk, d]."""
-    sq, n = len(q), len(k)
+    (sq, hq, _), n = q.shape, len(k)
     left, right = (np.inf if side in (-1, None) else side for side in window_size)
-    out, lse = np.zeros_like(q), np.full((HQ, sq), -np.inf)
-    for i in range(sq):
-        distance = np.arange(n) - (i + n - sq)
-        see = (np.arange(n) >= first) & (distance >= -left) & (distance <= right)
-        see &= (distance <= 0) | (not causal)
-        if see.any():
-            for h in range(HQ):
-                key = k[see][:, h // (HQ // HK)]
-                score = key @ q[i, h] * softmax_scale
-                score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
-                score = score - alibi_slopes[h] * np.abs(distance[see])
-                lse[h, i] = np.logaddexp.reduce(score)
-                out[i, h] = np.exp(score - lse[h, i]) @ v[see][:, h // (HQ // HK)]
-    return out, lse
+    distance = np.arange(n) - (np.arange(sq)[:, None] + n - sq)
+    see = (np.arange(n) >= first) & (distance >= -left) & (distance <= right)
+    see &= (distance <= 0) | (not causal)
+    k, v = (np.repeat(x, hq // x.shape[1], axis=1) for x in (k, v))
+    score = np.einsum("ihd,jhd->hij", q, k) * softmax_scale
+    score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
+    if alibi_slopes is not None:
+        score = score - alibi_slopes[:, None, None] * np.abs(distance)
+    score = np.where(see, score, -np.inf)
+    lse = np.logaddexp.reduce(score, axis=-1, initial=-np.inf)
+    weight = np.exp(score - np.where(see.any(-1), lse, 0)[..., None])
+    return np.einsum("hij,jhd->ihd", weight, v), lse
 
 
 def oracle(q, rows, new, lengths, leftpad=None, rotary=None, **features):
     """out, lse and what the rows [2, b, capacity, hk, d] of the cache hold afterwards."""
-    rows, out, lse = rows.copy(), np.zeros_like(q), np.zeros((B, HQ, q.shape[1]))
+    rows, out = rows.copy(), np.zeros_like(q)
+    lse = np.zeros((len(q), q.shape[2], q.shape[1]))
     moving = features.get("causal") or features.get("window_size", (-1, -1)) != (-1, -1)
     for b, start in enumerate(lengths):
         total, query = start, q[b]
@@ -127,18 +126,20 @@ class Contiguous:
 class Paged:
     """Rows of the cache in blocks, in any order, with NaN in blocks that nobody owns."""
 
-    def __init__(self):
-        order = np.random.default_rng(9).permutation(20)[: B * CAPACITY // SIZE]
+    def __init__(self, capacity=CAPACITY):
+        self.size = B * capacity // SIZE + 8
+        order = np.random.default_rng(9).permutation(self.size)[: B * capacity // SIZE]
         self.table = order.reshape(B, -1).astype(np.int32)
         self.arguments = {"block_table": self.table}
 
     def store(self, rows):
-        cache = np.full((2, 20, SIZE, HK, D), np.nan)
-        cache[:, self.table] = rows.reshape(2, B, -1, SIZE, HK, D)
+        cache = np.full((2, self.size, SIZE, *rows.shape[3:]), np.nan)
+        cache[:, self.table] = rows.reshape(2, B, -1, SIZE, *rows.shape[3:])
         return cache
 
     def load(self, cache):
-        return cache[:, self.table].reshape(2, B, CAPACITY, HK, D)
+        rows = cache[:, self.table]
+        return rows.reshape(2, B, -1, *rows.shape[4:])
 
 
 KINDS = {"plain": Contiguous, "indexed": lambda: Contiguous([4, 0, 2]), "paged": Paged}
@@ -208,6 +209,96 @@ def test_rotary(kind, rotary, features):
 def test_leftpad(kind, new, features):
     leftpad = np.array([2, 30, 0], np.int32)
     check(kind, 4, new, leftpad=leftpad, rotary=None if new is None else (16, True), **features)
+
+
+# Of flash-attn 2's and 3's suites: (sq, sk), and here also one that no tile divides.
+LENGTH_PAIRS = (
+    *((1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048), (16, 20000)),
+    *((128, 128), (1, 1), (113, 203), (128, 217), (108, 256), (256, 512), (1023, 1024), (1, 3131)),
+)
+HEAD_RATIOS = ((6, 6), (6, 2), (6, 1), (4, 2))
+WINDOWS = ({}, {"causal": True}, {"causal": True, "window_size": (70, -1)}, {"window_size": (5, 9)})
+
+
+@pytest.mark.parametrize(("sq", "sk"), LENGTH_PAIRS)
+def test_lengths_of_the_original_suites(sq, sk):
+    """Ragged and empty caches, every ratio of heads, windows, and both ways a cache lies."""
+    capacity = -(-(sk + sq) // SIZE) * SIZE
+    for n, window in enumerate(WINDOWS):
+        hq, hk = HEAD_RATIOS[(n + sq + sk) % 4]
+        lengths = np.array([max(sk - sq, 0), 0, sk // 3], np.int32)
+        q, new = normal(0, B, sq, hq, D), normal(2, 2, B, sq, hk, D)
+        rows = garbage_behind(normal(1, 2, B, capacity, hk, D), lengths)
+        wanted = oracle(q, rows, new, lengths, **window)
+        for layout in (Contiguous([4, 0, 2]), Paged(capacity)):
+            results = flash_attn_with_kvcache(
+                q, *layout.store(rows), *new, cache_seqlens=lengths, return_softmax_lse=True,
+                **window, **layout.arguments,
+            )  # fmt: skip
+            np.testing.assert_allclose(results[0], wanted[0], rtol=1e-8, atol=1e-11)
+            np.testing.assert_allclose(results[-1], wanted[1], rtol=1e-9)
+            np.testing.assert_array_equal(layout.load(np.stack(results[1:3])), wanted[2])
+
+
+@pytest.mark.parametrize("sq", [1, 5, 16, 17, 128, 129])
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_kernel_reads_the_cache(kind, sq):
+    """Ours up to a size of q, else the general one; a paged cache is gathered only for that."""
+    layout = KINDS[kind]()
+    caches = layout.store(
+        np.zeros((2, B, 256, HK, D)) if kind != "paged" else np.zeros((2, B, CAPACITY, HK, D))
+    )
+    run = jax.jit(functools.partial(flash_attn_with_kvcache, cache_seqlens=LENGTHS, causal=True))
+    text = run.lower(np.zeros((B, sq, HQ, D)), *caches, **layout.arguments).compile().as_text()
+    ours = sq * HQ // HK <= 16 if kind == "plain" else sq <= 128
+    assert hlo.count_calls(text, _native.CACHED) == ours
+    hlo.assert_kernels(text, forward=int(not ours))
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_implementations(kind, implementation):
+    check(kind, 3, 5, causal=True, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_hint_gives_the_same(kind, dtype):
+    layout = KINDS[kind]()
+    q, new = (normal(n, *shape).astype(dtype) for n, shape in
+              ((0, (B, 2, HQ, D)), (2, (2, B, 2, HK, D))))  # fmt: skip
+    rows = garbage_behind(normal(1, 2, B, CAPACITY, HK, D), LENGTHS).astype(dtype)
+    wide = (x.astype(np.float64) for x in (q, rows, new))
+    wanted = oracle(*wide, LENGTHS, causal=True)[0]
+    for hint in (0, 1, 2, 5, 128):
+        out = flash_attn_with_kvcache(
+            q, *layout.store(rows).astype(dtype), *new, cache_seqlens=LENGTHS, causal=True,
+            num_splits=hint, **layout.arguments,
+        )[0]  # fmt: skip
+        limit = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
+        np.testing.assert_allclose(out.astype(np.float64), wanted, atol=limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_general_kernel(kind):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 3, HQ, D), normal(2, 2, B, 3, HK, D)
+    caches = np.nan_to_num(layout.store(normal(1, 2, B, CAPACITY, HK, D)))
+
+    def loss(q, caches, new, implementation):
+        out, *after, lse = flash_attn_with_kvcache(
+            q, *caches, *new, cache_seqlens=LENGTHS, causal=True, return_softmax_lse=True,
+            implementation=implementation, **layout.arguments,
+        )  # fmt: skip
+        return jnp.sum(out**2) + jnp.sum(jnp.sin(lse)) + sum(jnp.sum(x**3) for x in after)
+
+    have, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, implementation=name), (0, 1, 2)))(q, caches, new)
+        for name in ("kernel", "xla")
+    )
+    for x, y in zip(have, wanted):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+        assert np.any(x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -390,6 +481,37 @@ def test_traced_nonsense_never_writes_elsewhere(kind):
         for wrong in (-1, 99, -(2**31), 2**31 - 1):
             after = run(layout.store(rows), lengths, {name: np.full_like(array, wrong)})[1:]
             np.testing.assert_array_equal(np.stack(after), layout.store(rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (
+            "plain",
+            {"cache_seqlens": [CAPACITY, 0, 0]},
+            "cache_seqlens 64 and 1 new ones do not fit",
+        ),
+        ("plain", {"cache_seqlens": [-1, 0, 0]}, "cache_seqlens must be 0 or more, got -1"),
+        ("indexed", {"cache_batch_idx": [5, 0, 1]}, "cache_batch_idx must be 0 to 4, got 0 to 5"),
+        ("plain", {"cache_leftpad": [65, 0, 1]}, "cache_leftpad must be 0 to 64, got 0 to 65"),
+        ("paged", {"block_table": [[77] * 4] * 3}, "block_table must hold ids 0 to 19, got 77"),
+    ],
+)
+def test_traced_values_are_checked_on_request(kind, change, message, monkeypatch):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 1, HQ, D), normal(2, B, 1, HK, D)
+    caches = layout.store(np.zeros((2, B, CAPACITY, HK, D)))
+    given = {"cache_seqlens": LENGTHS} | layout.arguments
+    given |= {name: np.array(x, np.int32) for name, x in change.items()}
+
+    def call(given):
+        return flash_attn_with_kvcache(q, *caches, new, new, **given)
+
+    jax.block_until_ready(jax.jit(call)(given))  # off by default
+    monkeypatch.setenv("JAX_FLASHATTN_CHECK_VALUES", "1")
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(lambda given: call(given))(given))
+    jax.effects_barrier()
 
 
 @pytest.mark.parametrize("kind", KINDS)
