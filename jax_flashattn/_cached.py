@@ -21,9 +21,9 @@ from jax_flashattn._primitives import flash_forward, rows_abstract
 from jax_flashattn._spec import AttentionSpec
 
 MOST_PARTS = 128
-# Of query rows: up to here the kernel is the faster one even if nothing has to be gathered, and up
-# to there if something has.
-_MOST_ROWS, _MOST_ROWS_OF_PAGES = 16, 128
+# Query rows per key head up to which the kernel is the faster one even if nothing has to be
+# gathered; rows of q up to which a gather is spared, at the end for a third more time.
+_MOST_ROWS, _MOST_ROWS_OF_PAGES = 16, 64
 
 flash_cached_p = _compat.make_primitive("flash_cached")  # *Operands, table -> out, lse
 

@@ -49,7 +49,7 @@ def flash_attn_with_kvcache(
 
     Arrays do not change in JAX, so the caches are results. Donate them to a jitted step (or carry
     them through lax.scan or while_loop) and they are updated in place, by a kernel of ours that
-    writes the new rows only. On CPU a q of up to 128 rows attends by a kernel that reads the cache
+    writes the new rows only. On CPU a q of up to 64 rows attends by a kernel that reads the cache
     where it lies, paged or not (a contiguous cache: up to 16 rows of all query heads that share a
     key head; the general kernel takes more). On CUDA, and for a longer q, what is paged, indexed by
     cache_batch_idx, or of more rows than q is gathered first, and the general kernel attends.
