@@ -12,6 +12,8 @@ def main() -> None:
     overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
     overhead.add_argument("--seconds", type=float, default=3.0)
     commands.add_parser("memory", help="peak memory at S = 65,536")
+    decode = commands.add_parser("decode", help="one token over a cache, and appends to it")
+    decode.add_argument("--seconds", type=float, default=3.0, help="per row")
     for name, purpose in (
         ("gpu", "kernel time of both passes against cuDNN"),
         ("gpu-features", "what options, packs, windows and groups of heads cost"),
@@ -32,6 +34,11 @@ def main() -> None:
 
         run = gpu.dense if arguments.command == "gpu" else gpu.features
         run(arguments.rounds, arguments.iterations)
+        return
+    if arguments.command == "decode":
+        from benchmarks import decode as benchmark
+
+        benchmark.run(arguments.seconds)
         return
     from benchmarks import cpu
 

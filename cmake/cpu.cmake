@@ -2,7 +2,7 @@
 
 set(KERNEL_FLAGS -O3 -ffp-contract=fast -fno-math-errno -Wall)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  list(APPEND KERNEL_FLAGS -Wno-maybe-uninitialized) # GCC 12 warns inside its own intrinsics
+  list(APPEND KERNEL_FLAGS -Wno-maybe-uninitialized -Wno-uninitialized) # GCC 12 warns inside its own intrinsics
 endif()
 
 set(CPU_ISAS baseline)
@@ -16,15 +16,16 @@ endif()
 
 set(CPU_OBJECTS "")
 foreach(isa IN LISTS CPU_ISAS)
-  add_library(cpu_${isa} OBJECT csrc/cpu/forward.cc csrc/cpu/backward.cc csrc/cpu/tangent.cc)
+  add_library(cpu_${isa} OBJECT csrc/cpu/forward.cc csrc/cpu/backward.cc csrc/cpu/tangent.cc
+              csrc/cpu/cached.cc)
   target_include_directories(cpu_${isa} PRIVATE csrc)
   target_compile_definitions(cpu_${isa} PRIVATE FLASH_ISA=${isa})
   target_compile_options(cpu_${isa} PRIVATE ${KERNEL_FLAGS} ${CPU_FLAGS_${isa}})
   list(APPEND CPU_OBJECTS $<TARGET_OBJECTS:cpu_${isa}>)
 endforeach()
 
-pybind11_add_module(_cpu csrc/ffi/cpu_module.cc csrc/ffi/decode.cc csrc/cpu/dispatch.cc
-                    ${CPU_OBJECTS})
+pybind11_add_module(_cpu csrc/ffi/cpu_module.cc csrc/ffi/decode.cc csrc/ffi/decode_append.cc
+                    csrc/cpu/dispatch.cc csrc/cpu/append.cc ${CPU_OBJECTS})
 target_include_directories(_cpu PRIVATE csrc)
 target_include_directories(_cpu SYSTEM PRIVATE "${JAXLIB_DIR}/include")
 install(TARGETS _cpu LIBRARY DESTINATION jax_flashattn)

@@ -75,6 +75,9 @@ endfunction()
 cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
             FLAGS -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
 
+cuda_object(append csrc/cuda/append.cu SPILLS 0
+            FLAGS -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
+
 # Hopper. What may spill, in bytes: the warps that feed the copy engine, which have 24 to 40 registers
 # and run ahead of the rest; in the instances with dropout the words of random numbers to come; of
 # head dim 256, addresses that are read once a block.
@@ -91,8 +94,8 @@ foreach(d 64 96 128 192 256)
   endforeach()
 endforeach()
 
-pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc csrc/cuda/dispatch.cc
-                    csrc/cuda/sm90/tensor_maps.cc ${CUDA_OBJECTS})
+pybind11_add_module(_cuda csrc/ffi/cuda_module.cc csrc/ffi/decode.cc csrc/ffi/decode_append.cc
+                    csrc/cuda/dispatch.cc csrc/cuda/sm90/tensor_maps.cc ${CUDA_OBJECTS})
 target_include_directories(_cuda PRIVATE csrc)
 target_include_directories(_cuda SYSTEM PRIVATE "${JAXLIB_DIR}/include" "${CUDA_INCLUDE}")
 target_link_libraries(_cuda PRIVATE "${CUDART_STATIC}" dl rt pthread)

@@ -119,15 +119,22 @@ class Block(nnx.Module):
 
     def __call__(self, x, segment_ids, positions, *, implementation: str):
         """x: [b, s, width]; segment_ids, positions: int32 [b, s]. Returns [b, s, width]."""
+        query, key, value = self.before_attention(x)
+        query, key = rotate(query, positions), rotate(key, positions)
+        choice = {"window": self.window, "implementation": implementation}
+        return self.after_attention(x, attend(query, key, value, segment_ids, **choice))
+
+    def before_attention(self, x):
+        """Query [b, s, hq, d], key and value [b, s, hk, d] of x [b, s, width], not yet rotated."""
         b, s, _ = x.shape
         hq, hk, d = self.config.query_heads, self.config.kv_heads, self.config.head_dim
         qkv = self.attention_in(self.attention_norm(x)).reshape(b, s, hq + 2 * hk, d)
         query, key, value = jnp.split(qkv, [hq, hq + hk], axis=2)
-        query = rotate(self.query_norm(query), positions)
-        key = rotate(self.key_norm(key), positions)
-        choice = {"window": self.window, "implementation": implementation}
-        out = attend(query, key, value, segment_ids, **choice)
-        x = x + self.attention_out(out.reshape(b, s, hq * d))
+        return self.query_norm(query), self.key_norm(key), value
+
+    def after_attention(self, x, out):
+        """x [b, s, width] with what attention gave, [b, s, hq, d], and the MLP."""
+        x = x + self.attention_out(out.reshape(*x.shape[:2], -1))
         gate, up = jnp.split(self.mlp_in(self.mlp_norm(x)), 2, axis=-1)
         return x + self.mlp_out(jax.nn.silu(gate) * up)
 
@@ -145,10 +152,19 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens, segment_ids, positions, *, implementation: str):
         """tokens, segment_ids, positions: int32 [b, s]. Returns float32 logits [b, s, 256]."""
-        table = self.embed.embedding[...].astype(self.dtype)  # of the input and of the logits
-        x = table[tokens] * math.sqrt(table.shape[1])
+        x = self.embedded(tokens)
         for block in self.blocks:
             x = block(x, segment_ids, positions, implementation=implementation)
+        return self.logits(x)
+
+    def embedded(self, tokens):
+        """The blocks' input [b, s, width] for tokens int32 [b, s]."""
+        table = self.embed.embedding[...].astype(self.dtype)
+        return table[tokens] * math.sqrt(table.shape[1])
+
+    def logits(self, x):
+        """Float32 logits [b, s, 256] of the blocks' output, by the table of the input."""
+        table = self.embed.embedding[...].astype(self.dtype)
         return jnp.einsum("bsd,vd->bsv", self.norm(x), table, preferred_element_type=jnp.float32)
 
 

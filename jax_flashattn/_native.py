@@ -12,6 +12,8 @@ import jax
 FORWARD = "jax_flashattn_forward"
 BACKWARD = "jax_flashattn_backward"
 TANGENT = "jax_flashattn_tangent"
+APPEND = "jax_flashattn_append"
+CACHED = "jax_flashattn_cached"
 
 modules: dict[str, ModuleType] = {}
 problems: dict[str, str] = {}
@@ -27,6 +29,9 @@ def _load(name: str, platform: str) -> None:
     jax.ffi.register_ffi_target(FORWARD, module.forward(), platform=platform)
     jax.ffi.register_ffi_target(BACKWARD, module.backward(), platform=platform)
     jax.ffi.register_ffi_target(TANGENT, module.tangent(), platform=platform)
+    if platform == "cpu":
+        jax.ffi.register_ffi_target(CACHED, module.cached(), platform=platform)
+    jax.ffi.register_ffi_target(APPEND, module.append(), platform=platform)
 
 
 _load("_cpu", "cpu")

@@ -12,8 +12,11 @@ BLOCK_SIZE_UNIT = 16
 def check_block_table(block_table, blocks: Array, b: int, *, name: str) -> Array:
     """int32 [b, blocks of a sequence] for blocks of a supported size."""
     shape = np.shape(block_table)
-    if len(shape) != 2 or shape[0] != b:
-        raise ValueError(f"block_table must have shape [{b}, blocks per sequence], got {shape}.")
+    if len(shape) != 2 or shape[0] != b or shape[1] == 0:
+        raise ValueError(
+            f"block_table must have shape [{b}, blocks per sequence], with one block at least, got "
+            f"{shape}."
+        )
     size = blocks.shape[1]
     if size == 0 or size % BLOCK_SIZE_UNIT:
         raise ValueError(

@@ -38,11 +38,15 @@ def prepare(
     dropout_key: Any = None,
     query_positions: Any = None,
     key_coordinates: Any = None,
+    capacity: int | None = None,
 ) -> tuple[Operands, AttentionSpec]:
-    """Checks a call and brings it into the one form that the rest of the library knows."""
-    query, key, value = check_arrays(query, key, value)
+    """Checks a call and brings it into the one form that the rest of the library knows.
+
+    With a capacity, key and value are blocks of a cache that has so many keys per sequence.
+    """
+    query, key, value = check_arrays(query, key, value, cached=capacity is not None)
     b, sq, hq, d = query.shape
-    sk = key.shape[1]
+    sk = key.shape[1] if capacity is None else capacity
     left, right = check_window(window)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {causal!r}.")
@@ -114,8 +118,10 @@ def row_positions(operands: Operands) -> Array:
     return _mask.arithmetic_positions(sq, sk, operands.lengths)
 
 
-def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
-    """Ranks, shapes and dtypes of query, key and value."""
+def check_arrays(
+    query: Any, key: Any, value: Any, *, cached: bool = False
+) -> tuple[Array, Array, Array]:
+    """Ranks, shapes and dtypes of query, key and value; a cache may have more or fewer rows."""
     named = {"query": query, "key": key, "value": value}
     query, key, value = arrays = [as_array(x, name) for name, x in named.items()]
     for name, x in zip(named, arrays):
@@ -132,6 +138,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]
         )
     b, _, hq, d = query.shape
     _, sk, hk, _ = key.shape
+    b = key.shape[0] if cached else b
     if key.shape != (b, sk, hk, d) or value.shape[:3] != (b, sk, hk):
         raise ValueError(
             "key must be [b, sk, hk, d] and value [b, sk, hk, dv] with query [b, sq, hq, d]; "

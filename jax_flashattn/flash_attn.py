@@ -1,6 +1,6 @@
 """flash-attn's functions under their own names: torch's argument order and defaults.
 
-What only JAX needs is keyword-only behind the torch arguments. docs/flash_attn.md has a table of
+What only JAX needs is keyword-only behind the torch arguments. docs/porting.md has a table of
 every difference. The dense functions are here, the varlen ones in flash_attn_varlen.py.
 """
 

@@ -1,5 +1,6 @@
 """Attention over a cache of keys and values, for decoding and for prefill in chunks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_flashattn import _pages, _torch_names, _values
+from jax_flashattn import _pages, _torch_names, _validate, _values
+from jax_flashattn._append import append, append_by_scatter
+from jax_flashattn._attention import attention
+from jax_flashattn._cached import MOST_PARTS, cached_attention, gathered, parts_of
+from jax_flashattn._reference import reference_attention
 from jax_flashattn._torch_names import as_int
 from jax_flashattn._validate import check_int32
-from jax_flashattn.api import flash_attention
 from jax_flashattn.masks import IntervalMask
 from jax_flashattn.rotary import check_tables, rotate
 
 __all__ = ["flash_attn_with_kvcache"]
-
-_MOST_SPLITS = 128
 
 
 def flash_attn_with_kvcache(
@@ -46,9 +48,11 @@ def flash_attn_with_kvcache(
     """Appends k, v to the cache and attends to it, by flash-attn's name and arguments.
 
     Arrays do not change in JAX, so the caches are results. Donate them to a jitted step (or carry
-    them through lax.scan) and they are updated in place. There is no decode kernel yet: the general
-    kernel reads the cache, and a cache that is paged, indexed by cache_batch_idx, or of more rows
-    than q is gathered first.
+    them through lax.scan or while_loop) and they are updated in place, by a kernel of ours that
+    writes the new rows only. On CPU a q of up to 64 rows attends by a kernel that reads the cache
+    where it lies, paged or not (a contiguous cache: up to 16 rows of all query heads that share a
+    key head; the general kernel takes more). On CUDA, and for a longer q, what is paged, indexed by
+    cache_batch_idx, or of more rows than q is gathered first, and the general kernel attends.
 
     Args:
       q: [b, sq, hq, d]; sq is 1 to decode, more to prefill.
@@ -72,10 +76,12 @@ def flash_attn_with_kvcache(
       softcap: as in flash_attn_func.
       rotary_interleaved: pairs are (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ...
       alibi_slopes: float32 [hq] or [b, hq].
-      num_splits: 0 to 128, a hint how to split the keys between processors; no kernel needs it yet.
+      num_splits: 0 to 128, how many parts of the keys are worked on at once; 0 chooses by sizes.
+        The general kernel has no parts.
       return_softmax_lse: also return the log-sum-exp.
       learnable_sink: [hq], a logit per head that joins the softmax's denominator.
-      implementation: see flash_attention.
+      implementation: "kernel" (the default); "xla": append by XLA's scatter, gather what is paged
+        or indexed, then the general kernel; "reference": likewise, then plain jax.numpy.
 
     Returns:
       out [b, sq, hq, d]; with k, v: (out, k_cache, v_cache); with return_softmax_lse a last
@@ -99,6 +105,7 @@ def flash_attn_with_kvcache(
       >>> out.shape
       (2, 1, 4, 16)
     """
+    write, attend = _way(implementation)
     options = _torch_names.native_options(
         dropout_p=0.0,
         softmax_scale=softmax_scale,
@@ -109,10 +116,11 @@ def flash_attn_with_kvcache(
         deterministic=False,
         dropout_key=None,
         learnable_sink=learnable_sink,
-        implementation=implementation,
+        implementation=None,
     )
-    if not 0 <= as_int(num_splits, "num_splits") <= _MOST_SPLITS:
-        raise ValueError(f"num_splits must be 0 to {_MOST_SPLITS}, got {num_splits}.")
+    del options["implementation"]
+    if not 0 <= as_int(num_splits, "num_splits") <= MOST_PARTS:
+        raise ValueError(f"num_splits must be 0 to {MOST_PARTS}, got {num_splits}.")
     q, k_cache, v_cache = (jnp.asarray(x) for x in (q, k_cache, v_cache))
     new = _check_new(q, k_cache, v_cache, k, v)
     cache = _Cache(k_cache, q.shape[0], cache_batch_idx, cache_leftpad, block_table)
@@ -121,19 +129,48 @@ def flash_attn_with_kvcache(
         q, new, rotary_cos, rotary_sin, lengths, cache.capacity, rotary_interleaved, options
     )
     if new is not None:
-        k_cache, v_cache = (cache.append(x, n, lengths) for x, n in zip((k_cache, v_cache), new))
+        start = jnp.asarray(lengths)
+        k_cache, v_cache = (
+            write(x, n, start, cache.ids()) for x, n in zip((k_cache, v_cache), new)
+        )
         lengths = lengths + new[0].shape[1]
     rows = jnp.full(q.shape[0], q.shape[1], jnp.int32)
-    out, lse = flash_attention(
-        *(q, cache.rows(k_cache), cache.rows(v_cache)),
+    operands, spec = _validate.prepare(
+        *(q, k_cache, v_cache),
         lengths=(rows, jnp.asarray(lengths)),
         mask=cache.leftpad_mask(q.shape[1]),
-        return_lse=True,
+        segment_ids=None,
+        capacity=cache.capacity,
         **options,
     )
+    b, sq, hq, _ = q.shape
+    parts = parts_of(b, sq, hq, cache.capacity, num_splits)
+    out, lse = attend(operands, cache.ids(), spec, parts)
     results = (out,) if new is None else (out, k_cache, v_cache)
     results = (*results, lse) if return_softmax_lse else results
     return results if len(results) > 1 else out
+
+
+def _gather(attention, operands, table, spec, parts):
+    del parts
+    return attention(gathered(operands, table), spec)
+
+
+# Each implementation's append and attention, jitted as in api.py.
+_jit = functools.partial(jax.jit, static_argnums=(2, 3))
+_KERNEL = (append, _jit(cached_attention))
+_WAYS: dict[str | None, tuple[Any, Any]] = {
+    None: _KERNEL,
+    "kernel": _KERNEL,
+    "xla": (append_by_scatter, _jit(functools.partial(_gather, attention))),
+    "reference": (append_by_scatter, _jit(functools.partial(_gather, reference_attention))),
+}
+
+
+def _way(implementation: str | None):
+    if implementation not in _WAYS:
+        raise ValueError(f"implementation must be one of {(*_WAYS,)}, got {implementation!r}.")
+    return _WAYS[implementation]
 
 
 def _check_new(q, k_cache, v_cache, k, v) -> tuple[Array, Array] | None:
@@ -237,34 +274,9 @@ class _Cache:
         lengths = check_int32(cache_seqlens, "cache_seqlens", (self.b,))
         return jnp.clip(lengths, 0, capacity)
 
-    def append(self, cache: Array, new: Array, lengths: np.ndarray | Array) -> Array:
-        """The cache with new [b, n, hk, d] behind each sequence; what does not fit is dropped."""
-        n = new.shape[1]
-        if isinstance(lengths, np.ndarray) and self._is_plain(cache) and len(set(lengths)) == 1:
-            return jax.lax.dynamic_update_slice(cache, new, (0, int(lengths[0]), 0, 0))
-        position = lengths[:, None] + np.arange(n, dtype=np.int32)
-        if self.table is None:
-            row = jnp.arange(self.b) if self.batch_idx is None else self.batch_idx
-            at = (row[:, None], position)
-        else:
-            size = cache.shape[1]
-            row = np.arange(self.b)[:, None]
-            outside = cache.shape[0]
-            block = self.table.at[row, position // size].get(mode="fill", fill_value=outside)
-            at = (block, position % size)
-        return cache.at[at].set(new, mode="drop", wrap_negative_indices=False)
-
-    def _is_plain(self, cache: Array) -> bool:
-        """Whether sequence n is row n of the cache, for every row."""
-        return self.table is None and self.batch_idx is None and cache.shape[0] == self.b
-
-    def rows(self, cache: Array) -> Array:
-        """[b, capacity, hk, d]; a copy unless sequence n is row n."""
-        if self.table is not None:
-            return _pages.gather(cache, self.table)
-        if self.batch_idx is not None:
-            return _pages.take(cache, self.batch_idx)
-        return cache if cache.shape[0] == self.b else cache[: self.b]
+    def ids(self) -> Array | None:
+        """int32 [b, n], the blocks of each sequence; a row of the cache is a block of its own."""
+        return self.table if self.batch_idx is None else self.batch_idx[:, None]
 
     def leftpad_mask(self, sq: int) -> IntervalMask | None:
         """Hides what is before the first real position."""

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "semantics/pages.h"
 #include "semantics/params.h"
 
 namespace jax_flashattn::cpu {
@@ -24,15 +25,23 @@ struct Kernels {
   void (*forward)(const ForwardParams&, Executor&);
   void (*backward)(const BackwardParams&, Executor&);
   void (*tangent)(const TangentParams&, Executor&);
+  void (*cached)(const CachedParams&, Executor&);
 };
 
 // The best kernels this CPU runs; JAX_FLASHATTN_CPU_ISA=<name> asks for a lesser set by name.
 const Kernels& kernels();
 
+// The same for every instruction set.
+void append(const AppendParams& p);
+
 // Multiply-adds of the scores of every row and key; a pass is a few times that.
 inline double score_work(const Sizes& n) {
   return static_cast<double>(n.b) * n.g * n.r * n.sq * n.sk * n.d;
 }
+
+// Columns of an unfinished row in scratch of the cached forward: whole loads of every instruction
+// set.
+constexpr int64_t cached_columns(int64_t dv) { return (dv + 31) / 32 * 32; }
 
 // Rounds an accumulator row up to whole vectors of every instruction set.
 constexpr int64_t padded_dim(int64_t d) { return (d + 15) / 16 * 16; }

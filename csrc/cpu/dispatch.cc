@@ -12,6 +12,7 @@ namespace jax_flashattn::cpu {
   void forward(const ForwardParams&, Executor&);   \
   void backward(const BackwardParams&, Executor&); \
   void tangent(const TangentParams&, Executor&);   \
+  void cached(const CachedParams&, Executor&);     \
   }
 FLASH_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -37,22 +38,25 @@ Kernels pick() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
-      {{"avx512_bf16", avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::tangent},
+      {{"avx512_bf16", avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::tangent,
+        avx512_bf16::cached},
        has_avx512 && __builtin_cpu_supports("avx512bf16")},
-      {{"avx512", avx512::forward, avx512::backward, avx512::tangent}, has_avx512},
-      {{"avx2", avx2::forward, avx2::backward, avx2::tangent}, has_avx2},
-      {{"baseline", baseline::forward, baseline::backward, baseline::tangent}, true},
+      {{"avx512", avx512::forward, avx512::backward, avx512::tangent, avx512::cached}, has_avx512},
+      {{"avx2", avx2::forward, avx2::backward, avx2::tangent, avx2::cached}, has_avx2},
+      {{"baseline", baseline::forward, baseline::backward, baseline::tangent, baseline::cached},
+       true},
   };
 #else
   const Candidate candidates[] = {
-      {{"baseline", baseline::forward, baseline::backward, baseline::tangent}, true}};
+      {{"baseline", baseline::forward, baseline::backward, baseline::tangent, baseline::cached},
+       true}};
 #endif
   const char* wanted = std::getenv("JAX_FLASHATTN_CPU_ISA");
   for (const Candidate& c : candidates) {
     if (c.supported && (!wanted || !*wanted || std::strcmp(wanted, c.kernels.name) == 0))
       return c.kernels;
   }
-  return {nullptr, nullptr, nullptr, nullptr};
+  return {nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -192,5 +192,15 @@ class LaneFeatures {
   Ints position_, bit_{};
 };
 
+// S15: a sink joins the sum, and maybe raises the maximum; `max` is in units of log2.
+template <class Acc>
+inline void add_sink(Acc sink, Acc* max, Acc* sum, Acc* rescale) {
+  const Acc before = *max;
+  sink *= Acc(kLog2e);
+  *max = before > sink ? before : sink;
+  *rescale = before > sink ? Acc(1) : exp2_of(before - *max);
+  *sum = *sum * *rescale + exp2_of(sink - *max);
+}
+
 }  // namespace
 }  // namespace jax_flashattn::cpu::FLASH_ISA

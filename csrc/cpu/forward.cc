@@ -144,16 +144,6 @@ inline void add_visible_values(const ForwardBuffers<M>& t, const Storage* v, con
   }
 }
 
-// S15: a sink joins the sum, and maybe raises the maximum; `max` is in units of log2.
-template <class Acc>
-inline void add_sink(Acc sink, Acc* max, Acc* sum, Acc* rescale) {
-  const Acc before = *max;
-  sink *= Acc(kLog2e);
-  *max = before > sink ? before : sink;
-  *rescale = before > sink ? Acc(1) : exp2_of(before - *max);
-  *sum = *sum * *rescale + exp2_of(sink - *max);
-}
-
 template <class M, class Storage, bool kFeatured>
 inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
                        int64_t b, int64_t g) {

@@ -112,6 +112,36 @@ ffi::Error tangent(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::Remain
   return ffi::Error::Success();
 }
 
+ffi::Error cached(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                  ffi::RemainingRets results) {
+  CachedParams p;
+  const Call call{attributes, operands, results};
+  if (auto e = decode_cached(call, &p); e.failure()) return e;
+  const auto scratch = result(call, kForwardResults);
+  if (scratch.has_error()) return scratch.error();
+  const Sizes& n = p.n;
+  const auto dims = scratch->dimensions();
+  p.parts = dims.size() == 4 && dims[1] > 0 ? dims[1] : 1;
+  if (auto e = expect("scratch", *scratch,
+                      {n.b, p.parts, n.g * n.r * n.sq, cpu::cached_columns(n.dv) + 2},
+                      statistics_type(p.dtype));
+      e.failure())
+    return e;
+  p.scratch = scratch->untyped_data();
+  if (!cpu::kernels().cached) return no_kernels();
+  PoolExecutor executor(pool);
+  cpu::kernels().cached(p, executor);
+  return ffi::Error::Success();
+}
+
+ffi::Error append(ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                  ffi::RemainingRets results) {
+  AppendParams p;
+  if (auto e = decode_append({attributes, operands, results}, &p); e.failure()) return e;
+  cpu::append(p);
+  return ffi::Error::Success();
+}
+
 XLA_FFI_DEFINE_HANDLER(
     kForward, forward,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
@@ -124,12 +154,20 @@ XLA_FFI_DEFINE_HANDLER(
     kTangent, tangent,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
 
+XLA_FFI_DEFINE_HANDLER(
+    kCached, cached,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs().RemainingArgs().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER(kAppend, append, ffi::Ffi::Bind().Attrs().RemainingArgs().RemainingRets());
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("forward", [] { return pybind11::capsule(reinterpret_cast<void*>(kForward)); });
   m.def("backward", [] { return pybind11::capsule(reinterpret_cast<void*>(kBackward)); });
   m.def("tangent", [] { return pybind11::capsule(reinterpret_cast<void*>(kTangent)); });
+  m.def("cached", [] { return pybind11::capsule(reinterpret_cast<void*>(kCached)); });
+  m.def("append", [] { return pybind11::capsule(reinterpret_cast<void*>(kAppend)); });
   m.def("instruction_set", []() -> const char* { return cpu::kernels().name; });
 }
 

@@ -1,8 +1,9 @@
-// The CUDA extension module: the same three handlers as cpu_module.cc, on a stream.
+// The CUDA extension module: the handlers of cpu_module.cc, on a stream.
 //
 // It links cudart statically and no libcuda: it imports on a machine without a driver.
 #include <pybind11/pybind11.h>
 
+#include "cuda/append.h"
 #include "cuda/attention.h"
 #include "cuda/sm90/backward_workspace.h"
 #include "ffi/decode.h"
@@ -60,6 +61,13 @@ ffi::Error tangent(cudaStream_t stream, ffi::Dictionary attributes, ffi::Remaini
   return launched(cuda::tangent(p, stream));
 }
 
+ffi::Error append(cudaStream_t stream, ffi::Dictionary attributes, ffi::RemainingArgs operands,
+                  ffi::RemainingRets results) {
+  AppendParams p;
+  if (auto e = decode_append({attributes, operands, results}, &p); e.failure()) return e;
+  return launched(cuda::append(p, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kForward, forward,
                        ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -72,12 +80,17 @@ XLA_FFI_DEFINE_HANDLER(kTangent, tangent,
                        ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kAppend, append,
+                       ffi::Ffi::Bind().Ctx<Stream>().Attrs().RemainingArgs().RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("forward", [] { return pybind11::capsule(reinterpret_cast<void*>(kForward)); });
   m.def("backward", [] { return pybind11::capsule(reinterpret_cast<void*>(kBackward)); });
   m.def("tangent", [] { return pybind11::capsule(reinterpret_cast<void*>(kTangent)); });
+  m.def("append", [] { return pybind11::capsule(reinterpret_cast<void*>(kAppend)); });
 }
 
 }  // namespace jax_flashattn

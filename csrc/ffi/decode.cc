@@ -21,10 +21,6 @@ std::string shape_text(const Dims& dims) {
   return text.str();
 }
 
-ffi::Error invalid(const std::string& text) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_flashattn: " + text);
-}
-
 bool to_dtype(ffi::DataType type, DType* out) {
   switch (type) {
     case ffi::DataType::F16:
@@ -73,10 +69,12 @@ ffi::AnyBuffer operand(const Call& call, size_t index) {  // the count is checke
 struct Form {
   Sizes n;
   bool logical;
+  const Pages* pages;  // of keys and values, or null
   Dims rows(int64_t width) const {
     return logical ? Dims{n.b, n.g, n.r, n.sq, width} : Dims{n.b, n.sq, n.g * n.r, width};
   }
   Dims keys(int64_t width) const {
+    if (pages) return {pages->blocks, pages->size, n.g, width};
     return logical ? Dims{n.b, n.g, n.sk, width} : Dims{n.b, n.sk, n.g, width};
   }
   Dims statistic() const {
@@ -115,12 +113,14 @@ bool read_form(const Call& call, Form* form) {
   const auto q = qb.dimensions(), k = kb.dimensions(), v = vb.dimensions();
   if ((q.size() != 4 && q.size() != 5) || k.size() != 4 || v.size() != 4) return false;
   form->logical = q.size() == 5;
+  if (form->logical && form->pages) return false;
   if (form->logical) {
     form->n = Sizes{q[0], q[1], q[2], q[3], k[2], q[4], v[3]};
   } else {
     const int64_t heads = k[2];
     if (heads > 0 ? q[2] % heads != 0 : q[2] != 0) return false;
-    form->n = Sizes{q[0], heads, heads > 0 ? q[2] / heads : 0, q[1], k[1], q[3], v[3]};
+    const int64_t keys = form->pages ? form->pages->capacity() : k[1];
+    form->n = Sizes{q[0], heads, heads > 0 ? q[2] / heads : 0, q[1], keys, q[3], v[3]};
   }
   return true;
 }
@@ -253,6 +253,10 @@ ffi::Error output(const Call& call, size_t index, const char* name, const Dims& 
 
 }  // namespace
 
+ffi::Error invalid(const std::string& text) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_flashattn: " + text);
+}
+
 ffi::Error expect(const char* name, ffi::AnyBuffer buffer, const std::vector<int64_t>& dims,
                   ffi::DataType dtype) {
   const auto have = buffer.dimensions();
@@ -274,16 +278,53 @@ ffi::ErrorOr<ffi::AnyBuffer> result(const Call& call, size_t index) {
   return **call.results.get<ffi::AnyBuffer>(index);
 }
 
+ffi::Error decode_pages(ffi::AnyBuffer cache, ffi::AnyBuffer table, int64_t b, Pages* pages) {
+  const auto blocks = cache.dimensions();
+  const bool given = !absent(table);
+  pages->columns = given ? table.dimensions()[table.dimensions().size() - 1] : 1;
+  pages->blocks = blocks[0];
+  pages->size = blocks[1];
+  pages->table = nullptr;
+  if (!given) return ffi::Error::Success();
+  if (auto e = expect("table", table, {b, pages->columns}, ffi::DataType::S32); e.failure())
+    return e;
+  pages->table = static_cast<const int32_t*>(table.untyped_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error decode_forward(const Call& call, ForwardParams* p) {
-  Form form;
+  Form form{};
   if (auto e = decode_operands(call, 0, kForwardResults, p, &form); e.failure()) return e;
   const auto type = operand(call, kQuery).element_type();
   if (auto e = output(call, 0, "out", form.rows(p->n.dv), type, &p->out); e.failure()) return e;
   return output(call, 1, "lse", form.statistic(), statistics_type(p->dtype), &p->lse);
 }
 
+ffi::Error decode_cached(const Call& call, CachedParams* p) {
+  if (call.operands.size() != kOperands + 1)
+    return invalid(std::to_string(call.operands.size()) + " operands, expected " +
+                   std::to_string(kOperands + 1));
+  const auto q = operand(call, kQuery), k = operand(call, kKey), table = operand(call, kOperands);
+  if (q.dimensions().size() != 4 || k.dimensions().size() != 4 || table.dimensions().size() != 2)
+    return invalid("query, key and table have shapes " + shape_text(q.dimensions()) + ", " +
+                   shape_text(k.dimensions()) + ", " + shape_text(table.dimensions()) +
+                   ", expected [b, sq, hq, d], [blocks, size, hk, d], [b, columns or 0]");
+  if (auto e = decode_pages(k, table, q.dimensions()[0], &p->pages); e.failure()) return e;
+  Form form{{}, false, &p->pages};
+  if (auto e = decode_operands(call, 1, kForwardResults, p, &form); e.failure()) return e;
+  if (p->features.bias.data || p->features.dropout)
+    return invalid("a cached forward has no bias and no dropout");
+  if (!p->pages.table && p->pages.blocks < p->n.b)
+    return invalid("query has " + std::to_string(p->n.b) + " rows, the cache " +
+                   std::to_string(p->pages.blocks));
+  if (p->pages.blocks == 0) p->pages.columns = p->n.sk = 0;  // then there is nothing to see
+  const auto type = q.element_type();
+  if (auto e = output(call, 0, "out", form.rows(p->n.dv), type, &p->out); e.failure()) return e;
+  return output(call, 1, "lse", form.statistic(), statistics_type(p->dtype), &p->lse);
+}
+
 ffi::Error decode_backward(const Call& call, BackwardParams* p) {
-  Form form;
+  Form form{};
   if (auto e = decode_operands(call, 3, kBackwardResults, p, &form); e.failure()) return e;
   const Sizes& n = p->n;
   const auto type = operand(call, kQuery).element_type(), statistics = statistics_type(p->dtype);
@@ -310,7 +351,7 @@ ffi::Error decode_backward(const Call& call, BackwardParams* p) {
 }
 
 ffi::Error decode_tangent(const Call& call, TangentParams* p) {
-  Form form;
+  Form form{};
   if (auto e = decode_operands(call, 7, kTangentResults, p, &form); e.failure()) return e;
   const Sizes& n = p->n;
   const auto type = operand(call, kQuery).element_type(), statistics = statistics_type(p->dtype);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "semantics/pages.h"
 #include "semantics/params.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -25,6 +26,15 @@ constexpr size_t kTangentResults = 2;   // dout, dlse
 xla::ffi::Error decode_forward(const Call& call, ForwardParams* p);
 xla::ffi::Error decode_backward(const Call& call, BackwardParams* p);
 xla::ffi::Error decode_tangent(const Call& call, TangentParams* p);
+xla::ffi::Error decode_cached(const Call& call, CachedParams* p);
+xla::ffi::Error decode_append(const Call& call, AppendParams* p);
+
+// The blocks of a cache [blocks, size, ...] that a table [b, columns or 0] names.
+xla::ffi::Error decode_pages(xla::ffi::AnyBuffer cache, xla::ffi::AnyBuffer table, int64_t b,
+                             Pages* pages);
+
+// A wrong call, in words.
+xla::ffi::Error invalid(const std::string& text);
 
 // The result at this position; fails if the call has fewer.
 xla::ffi::ErrorOr<xla::ffi::AnyBuffer> result(const Call& call, size_t index);

@@ -154,11 +154,11 @@ _FORWARD_PASS = (
              "t.max[l] * c * Acc(kLn2) + log_of", "log_of", FORWARD),
     Mutation("lse in base 2", "S10", CPU_FORWARD,
              "t.max[l] * c * Acc(kLn2) +", "t.max[l] * c +", FORWARD),
-    Mutation("sink not in the denominator", "S15", CPU_FORWARD,
+    Mutation("sink not in the denominator", "S15", "csrc/cpu/features.h",
              "*sum * *rescale + exp2_of(sink - *max);", "*sum * *rescale;", FEATURES),
-    Mutation("sink in the wrong base", "S15", CPU_FORWARD,
+    Mutation("sink in the wrong base", "S15", "csrc/cpu/features.h",
              "  sink *= Acc(kLog2e);\n", "", FEATURES),
-    Mutation("output not rescaled for a large sink", "S15", CPU_FORWARD,
+    Mutation("output not rescaled for a large sink", "S15", "csrc/cpu/features.h",
              "*rescale = before > sink ? Acc(1) : exp2_of(before - *max);",
              "*rescale = 1;", FEATURES),
     Mutation("a row that sees nothing is divided", "S11", CPU_FORWARD,
@@ -298,4 +298,32 @@ _PYTHON = (
              "(jnp.uint32, shape, axis) for axis in (1, 1)]", FEATURES),
 )  # fmt: skip
 
-MUTATIONS = _SEMANTICS + _TILES + _FORWARD_PASS + _BACKWARD_PASS + _FEATURED + _PYTHON
+CPU_CACHED = "csrc/cpu/cached.cc"
+PAGES = "csrc/semantics/pages.h"
+CACHED = ("tests/attention/test_cached.py",)
+APPEND = ("tests/attention/test_append.py",)
+_CACHES = (
+    Mutation("a tile that only some rows see is full", "S5", CPU_CACHED,
+             "classify(all, j0, j0 + count) == TileClass::kFull", "true", CACHED),
+    Mutation("the sum of earlier keys not rescaled", "S8", CPU_CACHED,
+             "load(sum + row * L) * correction", "load(sum + row * L)", CACHED),
+    Mutation("values of earlier keys not rescaled", "S8", CPU_CACHED,
+             "load(out + row * dv + c) * correction", "load(out + row * dv + c)", CACHED),
+    Mutation("parts weigh the same", "S10", CPU_CACHED,
+             "exp2_of(from[columns] - max)", "Acc(1)", CACHED),
+    Mutation("block ids not clamped from below", "S6", CPU_CACHED,
+             "clamp<int64_t>(p.pages.block(b, at), 0,", "clamp<int64_t>(p.pages.block(b, at), -1,",
+             CACHED),
+    Mutation("a block begins at its second key", "S6", CPU_CACHED,
+             "row = (block + 1) * p.pages.size - left;",
+             "row = (block + 1) * p.pages.size - left + 1;", CACHED),
+    Mutation("the last part is lost", "S10", CPU_CACHED,
+             "part < partials.parts; ++part) {", "part + 1 < partials.parts; ++part) {", CACHED),
+    Mutation("append behind the last position", "S6", PAGES,
+             "j >= p.pages.capacity()", "j > p.pages.capacity()", APPEND),
+    Mutation("append to a block behind the last", "S6", PAGES,
+             "block >= p.pages.blocks) return -1", "block > p.pages.blocks) return -1", APPEND),
+    Mutation("append before the first position", "S6", PAGES, "j < 0 ||", "j < -9 ||", APPEND),
+)  # fmt: skip
+
+MUTATIONS = _SEMANTICS + _TILES + _FORWARD_PASS + _BACKWARD_PASS + _FEATURED + _PYTHON + _CACHES

@@ -29,8 +29,9 @@ def run(name: str, out: pathlib.Path, argument: str = "", **environment: str) ->
 
 def isa(out: str, argument: str) -> None:
     """The instruction set in use; checks a small grid with it, or keeps the error of a call."""
-    from support import grids
-    from support.check import check_case
+    from support import cached, grids
+    from support.check import check_case, check_results
+    from support.data import make_problem
     from support.tangent import check_tangents
 
     from jax_flashattn import _native, flash_attention
@@ -57,6 +58,11 @@ def isa(out: str, argument: str) -> None:
                 check_case(case.replace(dtype=dtype))
             for dtype in ("float32", "bfloat16", "float16", "float64"):
                 check_tangents(case.replace(dtype=dtype))
+        few = (*grids.FEATURES[5::18], *grids.LENGTHS[1::6], *grids.HEAD_DIMS[1::6])
+        for n, case in enumerate(c for c in few if not c.dropout):
+            for dtype in ("float32", "bfloat16", "float16", "float64"):
+                problem = make_problem(case.replace(sq=1 + n % 5, dtype=dtype, layout="dense"))
+                check_results(problem, cached.execute(problem, paged=n % 2 == 1))
         spoiled = grids.LENGTHS[1].replace(lengths_q=(66, 3, 0, 64), poison="invisible")
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             check_case(spoiled.replace(dtype=dtype))
@@ -66,7 +72,7 @@ def isa(out: str, argument: str) -> None:
 
 def results(out: str, argument: str) -> None:
     """Value, gradients and tangents of a few large cases, and how many threads the pool has."""
-    from support import tangent
+    from support import cached, tangent
     from support.case import Case
     from support.check import execute
     from support.data import make_problem
@@ -86,6 +92,10 @@ def results(out: str, argument: str) -> None:
         found = execute(problem, problem.given) | {n: moved[n] for n in ("dout", "dlse")}
         for name, x in found.items():
             arrays[f"{name}{n}"] = np.ascontiguousarray(x).view(np.uint8)
+    one_token = make_problem(Case(b=1, sq=1, sk=3000, hq=8, hk=2, d=64, dv=64, dtype="bfloat16"))
+    for paged in (False, True):
+        for name, x in cached.execute(one_token, paged, parts=12).items():
+            arrays[f"cached {paged} {name}"] = np.ascontiguousarray(x).view(np.uint8)
     tasks = pathlib.Path("/proc/self/task")
     names = [(t / "comm").read_text().strip() for t in tasks.iterdir()] if tasks.exists() else []
     np.savez(out, threads=sum(n.startswith("tf_XLAEigen") for n in names), **arrays)

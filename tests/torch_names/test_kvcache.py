@@ -10,8 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import hlo
+from support.caches import (
+    CAPACITY,
+    HK,
+    HQ,
+    KINDS,
+    LENGTHS,
+    SIZE,
+    B,
+    Contiguous,
+    D,
+    Paged,
+    garbage_behind,
+    normal,
+    oracle,
+    tables,
+)
 
-from jax_flashattn import flash_attn_with_kvcache
+from jax_flashattn import _native, flash_attn_with_kvcache
 
 SIGNATURE = (  # reference: flash-attn 2.8.3
     "q,k_cache,v_cache,k=None,v=None,rotary_cos=None,rotary_sin=None,cache_seqlens=None,"
@@ -27,129 +43,12 @@ FEATURES = (
     {"window_size": (6, 2), "softmax_scale": 0.3},
     {"causal": True, "softcap": 2.0, "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.1], np.float32)},
 )
-B, HQ, HK, D, CAPACITY, SIZE = 3, 4, 2, 32, 64, 16
-LENGTHS = np.array([5, 33, 0], np.int32)
 
 
 @pytest.fixture(autouse=True)
 def _x64():
     with jax.enable_x64(True):
         yield
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def tables(rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    angle = np.arange(CAPACITY)[:, None] * 100.0 ** (-np.arange(rotary_dim // 2) / rotary_dim)
-    return np.cos(angle), np.sin(angle)
-
-
-def turn(x, positions, rotary_dim, interleaved):
-    """x [n, h, d] at positions [n], number by number."""
-    x, out, half = x.copy(), x.copy(), rotary_dim // 2
-    cos, sin = (t[positions] for t in tables(rotary_dim))
-    for pair in range(half):
-        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
-        c, s = cos[:, pair, None], sin[:, pair, None]
-        out[..., i], out[..., j] = x[..., i] * c - x[..., j] * s, x[..., j] * c + x[..., i] * s
-    return out
-
-
-def one(
-    q,
-    k,
-    v,
-    first,
-    causal=False,
-    window_size=(-1, -1),
-    softmax_scale=D**-0.5,
-    softcap=np.inf,
-    alibi_slopes=(0.0,) * HQ,
-    **_,
-):
-    """out, lse of q [sq, hq, d] over keys first, first + 1, ... of k, v [n, hk, d]."""
-    sq, n = len(q), len(k)
-    left, right = (np.inf if side in (-1, None) else side for side in window_size)
-    out, lse = np.zeros_like(q), np.full((HQ, sq), -np.inf)
-    for i in range(sq):
-        distance = np.arange(n) - (i + n - sq)
-        see = (np.arange(n) >= first) & (distance >= -left) & (distance <= right)
-        see &= (distance <= 0) | (not causal)
-        if see.any():
-            for h in range(HQ):
-                key = k[see][:, h // (HQ // HK)]
-                score = key @ q[i, h] * softmax_scale
-                score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
-                score = score - alibi_slopes[h] * np.abs(distance[see])
-                lse[h, i] = np.logaddexp.reduce(score)
-                out[i, h] = np.exp(score - lse[h, i]) @ v[see][:, h // (HQ // HK)]
-    return out, lse
-
-
-def oracle(q, rows, new, lengths, leftpad=None, rotary=None, **features):
-    """out, lse and what the rows [2, b, capacity, hk, d] of the cache hold afterwards."""
-    rows, out, lse = rows.copy(), np.zeros_like(q), np.zeros((B, HQ, q.shape[1]))
-    moving = features.get("causal") or features.get("window_size", (-1, -1)) != (-1, -1)
-    for b, start in enumerate(lengths):
-        total, query = start, q[b]
-        if new is not None:
-            k, v = new[:, b]
-            total = start + len(k)
-            if rotary:
-                k = turn(k, start + np.arange(len(k)), *rotary)
-                steps = np.arange(len(query)) if moving else np.zeros(len(query), int)
-                query = turn(query, start + steps, *rotary)
-            rows[:, b, start:total] = k, v
-        first = 0 if leftpad is None else leftpad[b]
-        out[b], lse[b] = one(query, *rows[:, b, :total], first, **features)
-    return out, lse, rows
-
-
-class Contiguous:
-    """Rows of the cache as they are, or at cache_batch_idx."""
-
-    def __init__(self, indices=None):
-        self.indices = np.arange(B) if indices is None else np.array(indices, np.int32)
-        self.arguments = {} if indices is None else {"cache_batch_idx": self.indices}
-        self.size = B if indices is None else 5
-
-    def store(self, rows):
-        cache = np.full((2, self.size, *rows.shape[2:]), np.nan)
-        cache[:, self.indices] = rows
-        return cache
-
-    def load(self, cache):
-        return cache[:, self.indices]
-
-
-class Paged:
-    """Rows of the cache in blocks, in any order, with NaN in blocks that nobody owns."""
-
-    def __init__(self):
-        order = np.random.default_rng(9).permutation(20)[: B * CAPACITY // SIZE]
-        self.table = order.reshape(B, -1).astype(np.int32)
-        self.arguments = {"block_table": self.table}
-
-    def store(self, rows):
-        cache = np.full((2, 20, SIZE, HK, D), np.nan)
-        cache[:, self.table] = rows.reshape(2, B, -1, SIZE, HK, D)
-        return cache
-
-    def load(self, cache):
-        return cache[:, self.table].reshape(2, B, CAPACITY, HK, D)
-
-
-KINDS = {"plain": Contiguous, "indexed": lambda: Contiguous([4, 0, 2]), "paged": Paged}
-
-
-def garbage_behind(rows, lengths):
-    """NaN in what the cache does not hold yet."""
-    rows = rows.copy()
-    for b, length in enumerate(lengths):
-        rows[:, b, length:] = np.nan
-    return rows
 
 
 def check(kind, sq, new_tokens, *, leftpad=None, rotary=None, lengths=LENGTHS, **features):
@@ -210,6 +109,96 @@ def test_leftpad(kind, new, features):
     check(kind, 4, new, leftpad=leftpad, rotary=None if new is None else (16, True), **features)
 
 
+# Of flash-attn 2's and 3's suites: (sq, sk), and here also one that no tile divides.
+LENGTH_PAIRS = (
+    *((1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048), (16, 20000)),
+    *((128, 128), (1, 1), (113, 203), (128, 217), (108, 256), (256, 512), (1023, 1024), (1, 3131)),
+)
+HEAD_RATIOS = ((6, 6), (6, 2), (6, 1), (4, 2))
+WINDOWS = ({}, {"causal": True}, {"causal": True, "window_size": (70, -1)}, {"window_size": (5, 9)})
+
+
+@pytest.mark.parametrize(("sq", "sk"), LENGTH_PAIRS)
+def test_lengths_of_the_original_suites(sq, sk):
+    """Ragged and empty caches, every ratio of heads, windows, and both ways a cache lies."""
+    capacity = -(-(sk + sq) // SIZE) * SIZE
+    for n, window in enumerate(WINDOWS):
+        hq, hk = HEAD_RATIOS[(n + sq + sk) % 4]
+        lengths = np.array([max(sk - sq, 0), 0, sk // 3], np.int32)
+        q, new = normal(0, B, sq, hq, D), normal(2, 2, B, sq, hk, D)
+        rows = garbage_behind(normal(1, 2, B, capacity, hk, D), lengths)
+        wanted = oracle(q, rows, new, lengths, **window)
+        for layout in (Contiguous([4, 0, 2]), Paged(capacity)):
+            results = flash_attn_with_kvcache(
+                q, *layout.store(rows), *new, cache_seqlens=lengths, return_softmax_lse=True,
+                **window, **layout.arguments,
+            )  # fmt: skip
+            np.testing.assert_allclose(results[0], wanted[0], rtol=1e-8, atol=1e-11)
+            np.testing.assert_allclose(results[-1], wanted[1], rtol=1e-9)
+            np.testing.assert_array_equal(layout.load(np.stack(results[1:3])), wanted[2])
+
+
+@pytest.mark.parametrize("sq", [1, 8, 9, 64, 65])
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_kernel_reads_the_cache(kind, sq):
+    """Ours up to a size of q, else the general one; a paged cache is gathered only for that."""
+    layout = KINDS[kind]()
+    caches = layout.store(
+        np.zeros((2, B, 256, HK, D)) if kind != "paged" else np.zeros((2, B, CAPACITY, HK, D))
+    )
+    run = jax.jit(functools.partial(flash_attn_with_kvcache, cache_seqlens=LENGTHS, causal=True))
+    text = run.lower(np.zeros((B, sq, HQ, D)), *caches, **layout.arguments).compile().as_text()
+    ours = sq * HQ // HK <= 16 if kind == "plain" else sq <= 64
+    assert hlo.count_calls(text, _native.CACHED) == ours
+    hlo.assert_kernels(text, forward=int(not ours))
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_implementations(kind, implementation):
+    check(kind, 3, 5, causal=True, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_hint_gives_the_same(kind, dtype):
+    layout = KINDS[kind]()
+    q, new = (normal(n, *shape).astype(dtype) for n, shape in
+              ((0, (B, 2, HQ, D)), (2, (2, B, 2, HK, D))))  # fmt: skip
+    rows = garbage_behind(normal(1, 2, B, CAPACITY, HK, D), LENGTHS).astype(dtype)
+    wide = (x.astype(np.float64) for x in (q, rows, new))
+    wanted = oracle(*wide, LENGTHS, causal=True)[0]
+    for hint in (0, 1, 2, 5, 128):
+        out = flash_attn_with_kvcache(
+            q, *layout.store(rows).astype(dtype), *new, cache_seqlens=LENGTHS, causal=True,
+            num_splits=hint, **layout.arguments,
+        )[0]  # fmt: skip
+        limit = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
+        np.testing.assert_allclose(out.astype(np.float64), wanted, atol=limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_general_kernel(kind):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 3, HQ, D), normal(2, 2, B, 3, HK, D)
+    caches = np.nan_to_num(layout.store(normal(1, 2, B, CAPACITY, HK, D)))
+
+    def loss(q, caches, new, implementation):
+        out, *after, lse = flash_attn_with_kvcache(
+            q, *caches, *new, cache_seqlens=LENGTHS, causal=True, return_softmax_lse=True,
+            implementation=implementation, **layout.arguments,
+        )  # fmt: skip
+        return jnp.sum(out**2) + jnp.sum(jnp.sin(lse)) + sum(jnp.sum(x**3) for x in after)
+
+    have, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, implementation=name), (0, 1, 2)))(q, caches, new)
+        for name in ("kernel", "xla")
+    )
+    for x, y in zip(have, wanted):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+        assert np.any(x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_length_for_all(kind):
     """cache_seqlens as an int, and as a traced scalar."""
@@ -260,44 +249,68 @@ def test_chunked_prefill_and_decode_give_the_whole_sequence():
         np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-9, atol=1e-12)
 
 
-def _step(q, k_cache, v_cache, new, lengths):
-    return flash_attn_with_kvcache(
-        q, k_cache, v_cache, new, new, cache_seqlens=lengths, causal=True
-    )
+def _decode_loop(loop, steps, kind, q, caches, new, lengths):
+    """One decode step, or `steps` in a loop of jax.lax; returns caches, lengths, out."""
+    arguments = KINDS[kind]().arguments
+
+    def step(carry):
+        caches, n, q = carry
+        out, *caches = flash_attn_with_kvcache(
+            q, *caches, new, new, cache_seqlens=n, causal=True, **arguments
+        )
+        return tuple(caches), n + 1, out
+
+    start = (tuple(caches), lengths, q)
+    if loop == "scan":
+        return jax.lax.scan(lambda c, _: (step(c), None), start, length=steps)[0]
+    if loop == "while":
+        return jax.lax.while_loop(lambda c: c[1][0] < lengths[0] + steps, step, start)
+    return step(start)
 
 
-def _cache_sized(compiled, shape: str) -> list[str]:
-    """Operations of the entry and loop computations with a result of the cache's shape."""
-    lines = re.findall(rf"= {re.escape(shape)}\S* (\S+)\(", compiled.as_text())
-    fine = {"parameter", "get-tuple-element", "scatter", "fusion", "dynamic-update-slice"}
-    return [x for x in lines if x not in fine]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("loop", ["none", "scan", "while"])
+def test_a_donated_cache_stays_where_it_is(loop, dtype, kind):
+    """Nothing but the two appends has a result of the cache's size, also with pages and indices."""
+    cache = KINDS[kind]().store(np.zeros((2, B, CAPACITY, HK, D)))[0].astype(dtype)
+    cache = jnp.asarray(np.concatenate([cache] * 4))  # larger than all that is temporary
+    q, new = jnp.ones((B, 1, HQ, D), dtype), jnp.ones((B, 1, HK, D), dtype)
+    lengths = jnp.asarray(LENGTHS)
 
+    def compiled(donate):
+        run = jax.jit(functools.partial(_decode_loop, loop, 8, kind), donate_argnums=donate)
+        return run.lower(q, (cache, cache), new, lengths).compile()
 
-@pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("lengths", [17, np.array([3, 9, 100, 7], np.int32)], ids=["int", "array"])
-def test_a_donated_cache_is_updated_in_place(loop, lengths):
-    """No copy of the cache, and temporary memory far below its size; also carried through scan."""
-    cache = jnp.zeros((4, 512, HK, D), jnp.float32)
-    q, new = jnp.ones((4, 1, HQ, D), jnp.float32), jnp.ones((4, 1, HK, D), jnp.float32)
+    def cache_sized(compiled):
+        shape = {"bfloat16": "bf16", "float32": "f32"}[dtype] + str([*cache.shape]).replace(" ", "")
+        found = re.findall(rf"= {re.escape(shape)}\S* (\S+)\(", compiled.as_text())
+        fine = ("parameter", "get-tuple-element", "custom-call")
+        return [x for x in found if x not in fine]
 
-    def run(q, k_cache, v_cache):
-        if not loop:
-            return _step(q, k_cache, v_cache, new, lengths)
-
-        def body(carry, _):
-            k_cache, v_cache, n, q = carry
-            out, k_cache, v_cache = _step(q, k_cache, v_cache, new, n)
-            return (k_cache, v_cache, n + 1, out), out
-
-        start = (k_cache, v_cache, jnp.asarray(lengths, jnp.int32), q)
-        return jax.lax.scan(body, start, length=8)
-
-    compiled = jax.jit(run, donate_argnums=(1, 2)).lower(q, cache, cache).compile()
-    hlo.assert_kernels(compiled.as_text(), forward=1)
-    assert not _cache_sized(compiled, "f32[4,512,2,32]")
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < cache.nbytes / 20
+    donated = compiled(1)
+    text = donated.as_text()
+    assert hlo.count_calls(text, _native.APPEND) == 2
+    assert hlo.count_calls(text, _native.CACHED) == 1
+    assert cache_sized(donated) == []
+    memory = donated.memory_analysis()
+    assert memory.temp_size_in_bytes < cache.nbytes / 2
     assert memory.alias_size_in_bytes >= 2 * cache.nbytes
+    assert cache_sized(compiled(())) != [], "the check sees the copies of what is not donated"
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_gives_what_its_steps_give(kind, loop):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 1, HQ, D), normal(2, B, 1, HK, D)
+    caches = tuple(layout.store(garbage_behind(normal(1, 2, B, CAPACITY, HK, D), LENGTHS)))
+    run = jax.jit(functools.partial(_decode_loop, loop, 4, kind), donate_argnums=1)
+    results = run(q, jax.tree.map(jnp.asarray, caches), new, jnp.asarray(LENGTHS))
+    for n in range(4):
+        caches, _, q = _decode_loop("none", 1, kind, q, caches, new, jnp.asarray(LENGTHS + n))
+    for x, y in zip((*results[0], results[2]), (*caches, q)):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 def _bad(**change):
@@ -319,6 +332,8 @@ BAD = (
     ({"cache_leftpad": [0, 33]}, "cache_leftpad must be 0 to 32, got 0 to 33"),
     ({"block_table": TABLE + 2}, "block_table must hold ids 0 to 1, got 2"),
     ({"block_table": TABLE, "cache_batch_idx": [0, 1]}, "no meaning with block_table"),
+    ({"implementation": "cudnn"}, "implementation must be one of .*'xla'.*, got 'cudnn'"),
+    ({"block_table": TABLE[:, :0]}, r"with one block at least, got \(2, 0\)"),
     ({"block_table": TABLE[:1]}, r"block_table must have shape \[2, blocks per sequence\]"),
     ({"num_splits": -1}, "num_splits must be 0 to 128, got -1"),
     ({"rotary_cos": np.ones((32, 4))}, "rotary_cos and rotary_sin must be given together"),
@@ -364,6 +379,37 @@ def test_traced_nonsense_never_writes_elsewhere(kind):
         for wrong in (-1, 99, -(2**31), 2**31 - 1):
             after = run(layout.store(rows), lengths, {name: np.full_like(array, wrong)})[1:]
             np.testing.assert_array_equal(np.stack(after), layout.store(rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (
+            "plain",
+            {"cache_seqlens": [CAPACITY, 0, 0]},
+            "cache_seqlens 64 and 1 new ones do not fit",
+        ),
+        ("plain", {"cache_seqlens": [-1, 0, 0]}, "cache_seqlens must be 0 or more, got -1"),
+        ("indexed", {"cache_batch_idx": [5, 0, 1]}, "cache_batch_idx must be 0 to 4, got 0 to 5"),
+        ("plain", {"cache_leftpad": [65, 0, 1]}, "cache_leftpad must be 0 to 64, got 0 to 65"),
+        ("paged", {"block_table": [[77] * 4] * 3}, "block_table must hold ids 0 to 19, got 77"),
+    ],
+)
+def test_traced_values_are_checked_on_request(kind, change, message, monkeypatch):
+    layout = KINDS[kind]()
+    q, new = normal(0, B, 1, HQ, D), normal(2, B, 1, HK, D)
+    caches = layout.store(np.zeros((2, B, CAPACITY, HK, D)))
+    given = {"cache_seqlens": LENGTHS} | layout.arguments
+    given |= {name: np.array(x, np.int32) for name, x in change.items()}
+
+    def call(given):
+        return flash_attn_with_kvcache(q, *caches, new, new, **given)
+
+    jax.block_until_ready(jax.jit(call)(given))  # off by default
+    monkeypatch.setenv("JAX_FLASHATTN_CHECK_VALUES", "1")
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(lambda given: call(given))(given))
+    jax.effects_barrier()
 
 
 @pytest.mark.parametrize("kind", KINDS)

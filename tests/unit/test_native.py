@@ -270,3 +270,47 @@ def test_a_missing_platform_says_why(monkeypatch):
     with pytest.raises(ImportError, match=r"CUDA.*libwhatever.so not found.*BUILD.md"):
         _native.require("CUDA")
     _native.require("cpu")
+
+
+CACHED_INPUTS = INPUTS | {
+    "key": ((7, SK, HK, D), F32),
+    "value": ((7, SK, HK, DV), F32),
+    "lo": ((B, 0), I32),
+    "hi": ((B, 0), I32),
+    "sinks": ((B, 0), F32),
+    "dropout": ((B, 0), U32),
+    "bias": ((B, 0), F32),
+    "table": ((B, 3), I32),
+}
+CACHED_RESULTS = FORWARD_RESULTS | {"scratch": ((B, 2, HQ * SQ, 34), F32)}
+CACHED_WRONG = (
+    ("query", ((B, HK, 2, SQ, D), F32), ["[2, 2, 2, 3, 8]", "[7, 5, 2, 8]"]),
+    ("key", ((7, SK, HK), F32), ["[7, 5, 2]"]),
+    ("key", ((7, SK, HK, D + 1), F32), ["key", "[7, 5, 2, 9]", "[7, 5, 2, 8]"]),
+    ("value", ((6, SK, HK, DV), F32), ["value", "[6, 5, 2, 16]", "[7, 5, 2, 16]"]),
+    ("table", ((B + 1, 3), I32), ["table", "[3, 3]", "[2, 3]"]),
+    ("table", ((B, 3), F32), ["table", "[2, 3]"]),
+    ("table", ((B,), I32), ["[2]", "[b, columns or 0]"]),
+    ("dropout", ((B, HQ, 4), U32), ["no bias and no dropout"]),
+    ("bias", ((1, HQ, 1, 3 * SK), F32), ["no bias and no dropout"]),
+)
+
+
+def test_a_correct_cached_call_runs():
+    out, lse, _ = _call(_native.CACHED, CACHED_INPUTS, CACHED_RESULTS)
+    np.testing.assert_allclose(out[:, 0], 1, rtol=1e-6)  # values are ones, lengths one
+    assert np.isneginf(lse[:, :, 1:]).all()
+
+
+@pytest.mark.parametrize(("name", "wrong", "words"), CACHED_WRONG)
+def test_cached_inputs(name, wrong, words):
+    _refuses(_native.CACHED, CACHED_INPUTS | {name: wrong}, CACHED_RESULTS, words)
+
+
+def test_cached_rows_scratch_and_count():
+    few = CACHED_INPUTS | {"table": ((B, 0), I32), "key": ((1, SK, HK, D), F32)}
+    few |= {"value": ((1, SK, HK, DV), F32)}
+    _refuses(_native.CACHED, few, CACHED_RESULTS, ["query has 2 rows, the cache 1"])
+    wrong = CACHED_RESULTS | {"scratch": ((B, 2, HQ * SQ, 33), F32)}
+    _refuses(_native.CACHED, CACHED_INPUTS, wrong, ["scratch", "[2, 2, 12, 33]", "[2, 2, 12, 34]"])
+    _refuses(_native.CACHED, INPUTS, FORWARD_RESULTS, ["12 operands, expected 13"])
