@@ -86,7 +86,7 @@ set(SPILLS_64 256)
 set(SPILLS_96 144)
 set(SPILLS_128 480)
 set(SPILLS_192 432)
-set(SPILLS_256 704)
+set(SPILLS_256 736)
 foreach(d 64 96 128 192 256)
   foreach(pass forward backward)
     cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${SPILLS_${d}}
