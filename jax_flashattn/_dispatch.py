@@ -81,10 +81,16 @@ def cuda_forward(call: Call, capability: str) -> Kernel:
     return _cuda_kernel("forward", call, tiles, capability)
 
 
+def backward_is_worth_tiles(sq: int, sk: int) -> bool:
+    """Whether the Hopper backward takes a call: `worth_tiles` of backward_workspace.h."""
+    return sq > 32 or sk > 1024
+
+
 def cuda_backward(call: Call, capability: str) -> Kernel:
     """Likewise."""
-    few = call.sq <= 32 and call.sk <= 1024
-    notes = ("a few rows would fill few of the tensor-core kernel's tiles",) if few else ()
+    notes = ()
+    if not backward_is_worth_tiles(call.sq, call.sk):
+        notes = ("a few rows would fill few of the tensor-core kernel's tiles",)
     return _cuda_kernel("backward", call, SM90_BACKWARD_TILES, capability, notes)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from jax_flashattn import _compat, _native, _partition
+from jax_flashattn import _compat, _dispatch, _native, _partition
 from jax_flashattn._compat import mlir
 from jax_flashattn._operands import Operands, is_absent, statistics_dtype
 from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_tangent_p
@@ -33,12 +33,12 @@ def _workspace(query, key, value) -> ShapeDtypeStruct:
     """Of the CUDA backward, cut up in csrc/cuda/sm90/backward_workspace.h."""
     b, sq, hq, d = query.shape
     _, sk, g, _ = key.shape
-    width = -(-max(d, value.shape[3]) // 64) * 64
-    tile = 128 if width == 64 else 64
-    rows = -(-sq // tile) * tile
-    floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
-    if sq <= 32 and sk <= 1024:  # the plain kernels take those
-        floats = 0
+    floats = 0  # of the plain kernels
+    if _dispatch.backward_is_worth_tiles(sq, sk):
+        width = -(-max(d, value.shape[3]) // 64) * 64
+        tile = 128 if width == 64 else 64
+        rows = -(-sq // tile) * tile
+        floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
     return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 

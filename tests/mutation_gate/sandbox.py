@@ -144,6 +144,7 @@ class Sandbox:
         options = [
             "-x",
             "-vv",
+            "-n0",  # the order of the tests says which noticed first
             "--tb=line",
             "-o",
             f"timeout={SECONDS_PER_TEST}",
