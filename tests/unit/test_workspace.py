@@ -20,9 +20,12 @@ struct int4 { int x, y, z, w; };
 int main() {
   using namespace jax_flashattn;
   Sizes n;
-  while (std::scanf("%ld %ld %ld %ld %ld %ld %ld", &n.b, &n.g, &n.r, &n.sq, &n.sk, &n.d, &n.dv) == 7) {
+  int64_t* const to[] = {&n.b, &n.g, &n.r, &n.sq, &n.sk, &n.d, &n.dv};
+  for (int at = 0; std::scanf("%ld", to[at]) == 1; at = (at + 1) % 7) {
+    if (at < 6) continue;
     const cuda::sm90::BackwardWorkspace w(nullptr, n);
-    const int64_t tiles = cuda::sm90::padded_rows(n) / (cuda::sm90::padded_width(n) == 64 ? 128 : 64);
+    const int64_t rows = cuda::sm90::padded_width(n) == 64 ? 128 : 64;
+    const int64_t tiles = cuda::sm90::padded_rows(n) / rows;
     const auto end = reinterpret_cast<intptr_t>(w.ranges + n.b * tiles) / 4;
     std::printf("%ld %ld\\n", (long)cuda::sm90::workspace_floats(n), (long)end);
   }
