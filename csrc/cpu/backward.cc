@@ -8,6 +8,7 @@
 //
 // kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in the lse.
 #include "cpu/bias_gradient.h"
+#include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -327,25 +328,12 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
   if constexpr (kFeatured) bias_gradient<Storage>(p, executor);
 }
 
-template <class Storage>
-void backward_of(const BackwardParams& p, Executor& executor) {
-  return plain_features(p) ? backward_typed<Storage, false>(p, executor)
-                           : backward_typed<Storage, true>(p, executor);
-}
-
 }  // namespace
 
 void backward(const BackwardParams& p, Executor& executor) {
-  switch (p.dtype) {
-    case DType::kF16:
-      return backward_of<f16>(p, executor);
-    case DType::kBF16:
-      return backward_of<bf16>(p, executor);
-    case DType::kF32:
-      return backward_of<float>(p, executor);
-    case DType::kF64:
-      return backward_of<double>(p, executor);
-  }
+  with_instance(p, [&](auto element, auto featured) {
+    backward_typed<decltype(element), featured.value>(p, executor);
+  });
 }
 
 }  // namespace jax_flashattn::cpu::FLASH_ISA
