@@ -11,6 +11,9 @@ def main() -> None:
     speed.add_argument("--seconds", type=float, default=0.5, help="per cell, shared by the peers")
     overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
     overhead.add_argument("--seconds", type=float, default=3.0)
+    features = commands.add_parser("cpu-features", help="what options and packs cost on the CPU")
+    features.add_argument("--seconds", type=float, default=3.0, help="per cell")
+    features.add_argument("--only", default="", help="part of the names to run; writes no results")
     commands.add_parser("memory", help="peak memory at S = 65,536")
     for name, purpose in (
         ("gpu", "kernel time of both passes against cuDNN"),
@@ -32,6 +35,11 @@ def main() -> None:
 
         run = gpu.dense if arguments.command == "gpu" else gpu.features
         run(arguments.rounds, arguments.iterations)
+        return
+    if arguments.command == "cpu-features":
+        from benchmarks import cpu_features
+
+        cpu_features.features(arguments.seconds, arguments.only)
         return
     from benchmarks import cpu
 
