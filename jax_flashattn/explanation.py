@@ -301,9 +301,8 @@ def _tiles(call: Call, limits: Any, tile: tuple[int, int] | None) -> Tiles | Non
         return Tiles(0, 0, 0)
     lo, hi = limits
     with jax.ensure_compile_time_eval():
-        classes = np.asarray(
-            _mask.tile_classes((jnp.asarray(lo), jnp.asarray(hi)), call.sk, rows, keys)
-        )
+        classify = jax.jit(_mask.tile_classes, static_argnums=(1, 2, 3))
+        classes = np.asarray(classify((lo, hi), call.sk, rows, keys))
     each = call.hq * (call.b // b)
     counts = [int((classes == kind).sum()) * each for kind in range(3)]
     return Tiles(counts[_mask.SKIP], counts[_mask.PARTIAL], counts[_mask.FULL])

@@ -22,8 +22,8 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
 def pytest_addoption(parser):
     group = parser.getgroup("jax_flashattn")
     group.addoption("--repro", help="run only this case: the repr a failure shows")
-    group.addoption("--fuzz", type=int, default=60, help="how many random cases to run")
-    group.addoption("--fuzz-seed", type=int, default=0, help="geometry seed of the first of them")
+    group.addoption("--fuzz", type=int, default=200, help="how many random cases to run")
+    group.addoption("--fuzz-seed", type=int, default=0, help="geometry seed of the first program")
     group.addoption(
         "--require-gpu", action="store_true", help="a missing GPU or CUDA extension is a failure"
     )

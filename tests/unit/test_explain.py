@@ -215,12 +215,10 @@ def _visible(b, sq, sk, causal, given) -> np.ndarray:
     """Who sees whom, from attention over unit vectors."""
     q, k = jnp.zeros((b, sq, 1, 1)), jnp.zeros((b, sk, 1, 1))
     eye = jnp.broadcast_to(jnp.eye(sk)[None, :, None], (b, sk, 1, sk))
-    columns = [
-        flash_attention(
-            q, k, eye[..., n : n + 256], causal=causal, implementation="reference", **given
-        )
-        for n in range(0, sk, 256)
-    ]
+    attend = jax.jit(
+        lambda v: flash_attention(q, k, v, causal=causal, implementation="reference", **given)
+    )
+    columns = [attend(eye[..., n : n + 150]) for n in range(0, sk, 150)]
     return np.concatenate(columns, -1)[:, :, 0] > 0
 
 
