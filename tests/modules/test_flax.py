@@ -63,8 +63,9 @@ def close(a, b, tolerance=2e-4):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("kv_heads", [None, 2])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "kv_heads"), [*((name, None) for name in MASKS), ("documents", 2), ("scattered", 2)]
+)
 def test_nnx_value_and_gradients(inputs, name, kv_heads, is_causal):
     mask = MASKS[name]()
 

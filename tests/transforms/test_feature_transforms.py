@@ -128,8 +128,8 @@ def _mapped_inputs(batched, bias_shape):
     ("batched", "bias_shape"),
     [
         *((s, ((1, 4, 9, 13), (2, 1, 1, 13))[n % 2]) for n, s in enumerate(SUBSETS)),
-        *(((*s, "bias"), (1, 4, 9, 13)) for s in ((), ("q",))),
         *(((*s, "bias"), (2, 1, 1, 13)) for s in ((), ("q",))),
+        (MAPPED, (1, 4, 9, 13)),
     ],
     ids=str,
 )

@@ -87,8 +87,15 @@ SUBSETS = [
 ]
 
 
-@pytest.mark.parametrize("bias_shape", [(1, 4, 9, 13), (2, 1, 1, 13)], ids=str)
-@pytest.mark.parametrize("batched", SUBSETS, ids=str)
+@pytest.mark.parametrize(
+    ("batched", "bias_shape"),
+    [
+        *((s, ((1, 4, 9, 13), (2, 1, 1, 13))[n % 2]) for n, s in enumerate(SUBSETS)),
+        *((s, (2, 1, 1, 13)) for s in (("moved",), ("bias", "moved"))),
+        *((s, (1, 4, 9, 13)) for s in (("bias",), ("q", "v", "sinks", "bias", "moved"))),
+    ],
+    ids=str,
+)
 def test_vmap_is_a_loop(batched, bias_shape):
     """vmap of jvp, over the arrays, their tangents, or both; one kernel call of each kind."""
     shapes = {"q": (2, 9, 4, 8), "k": (2, 13, 2, 8), "v": (2, 13, 2, 6), "sinks": (4,)}
