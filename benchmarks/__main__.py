@@ -11,6 +11,9 @@ def main() -> None:
     speed.add_argument("--seconds", type=float, default=0.5, help="per cell, shared by the peers")
     overhead = commands.add_parser("dispatch", help="time per call at S = 16 against jax.nn")
     overhead.add_argument("--seconds", type=float, default=3.0)
+    features = commands.add_parser("cpu-features", help="what options and packs cost on the CPU")
+    features.add_argument("--seconds", type=float, default=3.0, help="per cell")
+    features.add_argument("--only", default="", help="part of the names to run; writes no results")
     commands.add_parser("memory", help="peak memory at S = 65,536")
     decode = commands.add_parser("decode", help="one token over a cache, and appends to it")
     decode.add_argument("--seconds", type=float, default=3.0, help="per row")
@@ -39,6 +42,11 @@ def main() -> None:
         from benchmarks import decode as benchmark
 
         benchmark.run(arguments.seconds)
+        return
+    if arguments.command == "cpu-features":
+        from benchmarks import cpu_features
+
+        cpu_features.features(arguments.seconds, arguments.only)
         return
     from benchmarks import cpu
 

@@ -63,7 +63,7 @@ class Kernel:
 
 
 def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
-    """Forward and backward alike."""
+    """All passes alike."""
     if instruction_set is None:
         return Kernel(None, notes=("no instruction set: python -m jax_flashattn says why",))
     notes = []
@@ -81,24 +81,44 @@ def cuda_forward(call: Call, capability: str) -> Kernel:
     return _cuda_kernel("forward", call, tiles, capability)
 
 
+def backward_is_worth_tiles(sq: int, sk: int) -> bool:
+    """Whether the Hopper backward takes a call: `worth_tiles` of backward_workspace.h."""
+    return sq > 32 or sk > 1024
+
+
 def cuda_backward(call: Call, capability: str) -> Kernel:
     """Likewise."""
-    few = call.sq <= 32 and call.sk <= 1024
-    notes = ("a few rows would fill few of the tensor-core kernel's tiles",) if few else ()
+    notes = ()
+    if not backward_is_worth_tiles(call.sq, call.sk):
+        notes = ("a few rows would fill few of the tensor-core kernel's tiles",)
     return _cuda_kernel("backward", call, SM90_BACKWARD_TILES, capability, notes)
 
 
-def _cuda_kernel(
-    which: str, call: Call, tiles: dict, capability: str, notes: tuple[str, ...] = ()
-) -> Kernel:
+def cuda_tangent(call: Call) -> Kernel:
+    """One kernel for every GPU."""
+    notes = _refusals(call)
+    if notes:
+        return Kernel(None, notes=notes)
+    notes = ("there is no tensor-core kernel of tangents",)
+    return Kernel(f"cuda plain tangent, {call.dtype}", None, notes)
+
+
+def _refusals(call: Call) -> tuple[str, ...]:
+    """Why CUDA takes no such call at all."""
     refusals = []
     if call.dtype not in CUDA_DTYPES:
         wanted = " or ".join(CUDA_DTYPES)
         refusals.append(f"CUDA kernels take {wanted}, not {call.dtype}: cast the inputs")
     if "bias" in call.features:
         refusals.append("CUDA kernels take no bias yet: implementation='reference' does")
-    if refusals:
-        return Kernel(None, notes=tuple(refusals))
+    return tuple(refusals)
+
+
+def _cuda_kernel(
+    which: str, call: Call, tiles: dict, capability: str, notes: tuple[str, ...] = ()
+) -> Kernel:
+    if refusals := _refusals(call):
+        return Kernel(None, notes=refusals)
     if notes := (*_why_plain(call, capability), *notes):
         return Kernel(f"cuda plain {which}, {call.dtype}", None, notes)
     width = max(call.d, call.dv)

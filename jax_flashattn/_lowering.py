@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from jax_flashattn import _compat, _native, _partition
+from jax_flashattn import _compat, _dispatch, _native, _partition
 from jax_flashattn._compat import mlir
 from jax_flashattn._operands import Operands, is_absent, statistics_dtype
 from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_tangent_p
@@ -18,10 +18,10 @@ from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_t
 _CUDA_DTYPES = ("bfloat16", "float16")
 
 
-def _scratch(platform: str, target: str, query, key, value) -> dict[str, ShapeDtypeStruct]:
+def _scratch(platform: str, target: str, query, key, value, bias) -> dict[str, ShapeDtypeStruct]:
     """Buffers a call needs beside its results, by their name in _partition.py."""
     if platform == "cpu" and target == _native.BACKWARD:
-        return {"accumulators": _accumulators(query, key, value)}
+        return {"accumulators": _accumulators(query, key, value, bias)}
     if platform == "CUDA" and target == _native.FORWARD:
         return {"counter": ShapeDtypeStruct((query.shape[0], key.shape[2], 1), jnp.int32)}
     if platform == "CUDA" and target == _native.BACKWARD:
@@ -33,25 +33,30 @@ def _workspace(query, key, value) -> ShapeDtypeStruct:
     """Of the CUDA backward, cut up in csrc/cuda/sm90/backward_workspace.h."""
     b, sq, hq, d = query.shape
     _, sk, g, _ = key.shape
-    width = -(-max(d, value.shape[3]) // 64) * 64
-    tile = 128 if width == 64 else 64
-    rows = -(-sq // tile) * tile
-    floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
-    if sq <= 32 and sk <= 1024:  # the plain kernels take those
-        floats = 0
+    floats = 0  # of the plain kernels
+    if _dispatch.backward_is_worth_tiles(sq, sk):
+        width = -(-max(d, value.shape[3]) // 64) * 64
+        tile = 128 if width == 64 else 64
+        rows = -(-sq // tile) * tile
+        floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
     return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 
-def _accumulators(query, key, value) -> ShapeDtypeStruct:
+def _accumulators(query, key, value, bias) -> ShapeDtypeStruct:
     """Of the CPU backward: one [sk, d + dv] per share of a key head's query rows.
 
     The number of shares depends on sizes only, so results do not depend on the number of threads.
+    Where a [sq, sk] bias is shared, what shares it is one task per share (bias_gradient.h).
     """
     b, sq, hq, d = query.shape
     _, sk, g, _ = key.shape
     wanted_tasks, most_shares, rows_per_share = 32, 8, 1024
     rows = sq * hq // max(g, 1)
-    shares = min(rows // rows_per_share, -(-wanted_tasks // max(b * g, 1)), most_shares)
+    tasks = b * g
+    if not is_absent(bias) and min(bias.shape[2:]) > 1 and bias.shape[:2] != (b, hq):
+        rows_per_share, wanted_tasks, rows = 128, 16, sq
+        tasks = (b if bias.shape[0] > 1 else 1) * (g if bias.shape[1] > 1 else 1)
+    shares = min(rows // rows_per_share, -(-wanted_tasks // max(tasks, 1)), most_shares)
     width = sum(-(-n // 16) * 16 for n in (d, value.shape[3]))  # rows of whole vectors
     return ShapeDtypeStruct(
         (b, g, max(shares, 1), sk + sk % 2, width), statistics_dtype(query.dtype)
@@ -135,7 +140,7 @@ def _lower(platform: str, target: str, names, ctx, *operands, spec):
     query, key, value = given.query, given.key, given.value
     if platform == "CUDA":
         _check_cuda(query, given.bias)
-    scratch = _scratch(platform, target, query, key, value)
+    scratch = _scratch(platform, target, query, key, value, given.bias)
     if _compat.may_be_partitioned(ctx):
         return _partitionable_call(target, ctx, operands, spec, scratch, names)
     return _call(target, ctx, operands, spec, scratch)

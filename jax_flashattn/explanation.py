@@ -74,6 +74,7 @@ class Explanation:
       visible_pairs: query-key pairs over batch and query heads; None if the limits are not known.
       forward: the forward pass.
       backward: the backward pass.
+      tangent: the tangents of differentiation="forward".
     """
 
     call: str
@@ -83,6 +84,7 @@ class Explanation:
     visible_pairs: int | None
     forward: Pass
     backward: Pass
+    tangent: Pass
 
     def __str__(self) -> str:
         """The page."""
@@ -93,7 +95,8 @@ class Explanation:
         ]
         if self.problem is not None:
             lines.append(f"not installed here: {self.problem}")
-        for name, one in (("forward", self.forward), ("backward", self.backward)):
+        for name in ("forward", "backward", "tangent"):
+            one = getattr(self, name)
             first, *rest = str(one).splitlines()
             lines += [f"{name:>8}  {first}", *(f"{'':>8}  {line}" for line in rest)]
         return "\n".join(lines)
@@ -191,7 +194,7 @@ def explain(
     platform = platform or ("cpu" if jax.default_backend() == "cpu" else "cuda")
     kernels = _kernels(call, platform, compute_capability, implementation)
     pairs = _visible_pairs(call, limits)
-    forward, backward = (
+    passes = (
         Pass(
             kernel.name,
             kernel.notes,
@@ -201,31 +204,38 @@ def explain(
             moved,
         )
         for kernel, per_pair, moved in zip(
-            kernels, (2 * (d + dv), 2 * (3 * d + 2 * dv)), _bytes(call, operands)
+            kernels,
+            (2 * (d + dv), 2 * (3 * d + 2 * dv), 2 * (3 * d + 2 * dv)),
+            _bytes(call, operands),
+            strict=True,
         )
     )
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}, {call.dtype}"
     words = _mask_in_words(spec, uses_intervals, lengths is not None)
     needed = None if implementation == "reference" else {"cpu": "cpu", "cuda": "CUDA"}[platform]
     problem = _native.problems.get(needed) if needed else None
-    return Explanation(shapes, platform, problem, words, pairs, forward, backward)
+    return Explanation(shapes, platform, problem, words, pairs, *passes)
 
 
 def _kernels(
     call: Call, platform: str, capability: str | None, implementation: str | None
-) -> tuple[Kernel, Kernel]:
-    """Of the forward and the backward."""
+) -> tuple[Kernel, Kernel, Kernel]:
+    """Of the forward, the backward and the tangent."""
     if implementation == "reference":
         size = max(jnp.dtype(call.dtype).itemsize, 4) * call.b * call.hq * call.sq * call.sk
         kernel = Kernel(
             "reference (jax.numpy)", notes=(f"as asked; a matrix of scores has {size:,} bytes",)
         )
-        return kernel, kernel
+        return kernel, kernel, kernel
     if platform == "cpu":
         kernel = _dispatch.cpu_kernel(call, _cpu_instruction_set())
-        return kernel, kernel
+        return kernel, kernel, kernel
     capability = capability or _attached_capability() or _dispatch.SM90
-    return _dispatch.cuda_forward(call, capability), _dispatch.cuda_backward(call, capability)
+    return (
+        _dispatch.cuda_forward(call, capability),
+        _dispatch.cuda_backward(call, capability),
+        _dispatch.cuda_tangent(call),
+    )
 
 
 def _visible_pairs(call: Call, limits: Any) -> int | None:
@@ -301,24 +311,29 @@ def _tiles(call: Call, limits: Any, tile: tuple[int, int] | None) -> Tiles | Non
         return Tiles(0, 0, 0)
     lo, hi = limits
     with jax.ensure_compile_time_eval():
-        classes = np.asarray(
-            _mask.tile_classes((jnp.asarray(lo), jnp.asarray(hi)), call.sk, rows, keys)
-        )
+        classify = jax.jit(_mask.tile_classes, static_argnums=(1, 2, 3))
+        classes = np.asarray(classify((lo, hi), call.sk, rows, keys))
     each = call.hq * (call.b // b)
     counts = [int((classes == kind).sum()) * each for kind in range(3)]
     return Tiles(counts[_mask.SKIP], counts[_mask.PARTIAL], counts[_mask.FULL])
 
 
-def _bytes(call: Call, operands: Operands) -> tuple[int, int]:
-    """Least traffic of the forward and the backward."""
+def _bytes(call: Call, operands: Operands) -> tuple[int, int, int]:
+    """Least traffic of the forward, the backward and the tangent."""
     element = jnp.dtype(call.dtype).itemsize
     size = {n: x.size * x.dtype.itemsize for n, x in operands._asdict().items() if x is not None}
     gradients = sum(size.get(n, 0) for n in ("query", "key", "value", "bias"))
     inputs = sum(size.values())
     vectors = call.b * call.sq * call.hq
     out, statistic = element * vectors * call.dv, max(element, 4) * vectors
-    # The backward reads dout, lse and delta, but no sinks.
-    return inputs + out + statistic, inputs - size.get("sinks", 0) + out + 2 * statistic + gradients
+    without_sinks = inputs - size.get("sinks", 0)
+    # The backward reads dout, lse and delta; the tangent reads out, lse, the tangents of what has
+    # gradients and of the sinks as a number a row, and writes tangents of out and lse.
+    return (
+        inputs + out + statistic,
+        without_sinks + out + 2 * statistic + gradients,
+        without_sinks + gradients + 2 * out + 3 * statistic,
+    )
 
 
 def _mask_in_words(spec: AttentionSpec, uses_intervals: bool, has_lengths: bool) -> str:

@@ -13,13 +13,17 @@ from support.case import parse
 
 # Eight CPU devices, so that sharding runs in the same process as everything else.
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the suite's time is XLA compiling what lies around our kernels; half of that is LLVM.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it all as users do; tests in processes of their own always.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("jax_flashattn")
     group.addoption("--repro", help="run only this case: the repr a failure shows")
-    group.addoption("--fuzz", type=int, default=60, help="how many random cases to run")
-    group.addoption("--fuzz-seed", type=int, default=0, help="geometry seed of the first of them")
+    group.addoption("--fuzz", type=int, default=200, help="how many random cases to run")
+    group.addoption("--fuzz-seed", type=int, default=0, help="geometry seed of the first program")
     group.addoption(
         "--require-gpu", action="store_true", help="a missing GPU or CUDA extension is a failure"
     )

@@ -8,6 +8,8 @@
 //
 // kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in the lse.
 #include "cpu/bias_gradient.h"
+#include "cpu/key_gradients.h"
+#include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -23,11 +25,11 @@ struct BackwardBuffers {
   T *query_col, *dout_col, *query_row, *dout_row;
   Acc *dquery, *lse, *delta;
   // Of features.
-  Acc *bias, *dbias;
+  Acc *bias, *dbias, *bias_sum;  // bias_sum: [tiles][sk][kRows], or null
   uint64_t* keep;
   Sizes n;
 
-  BackwardBuffers(Arena& a, const Sizes& n, int64_t tiles)
+  BackwardBuffers(Arena& a, const Sizes& n, int64_t tiles, bool sums_bias = false)
       : key(a.take<T>(kTileKeys * even(n.d))),
         key_pairs(M::kDepth == 1 ? key : a.take<T>(kTileKeys * even(n.d))),
         value(a.take<T>(kTileKeys * even(n.dv))),
@@ -42,6 +44,7 @@ struct BackwardBuffers {
         delta(a.take<Acc>(tiles * kRows)),
         bias(a.take<Acc>(kTileKeys * kRows)),
         dbias(a.take<Acc>(kTileKeys * kRows)),
+        bias_sum(sums_bias ? a.take<Acc>(tiles * n.sk * kRows) : nullptr),
         keep(a.take<uint64_t>(kTileKeys)),
         n(n) {
     if constexpr (M::kDepth == 1) {  // in place
@@ -62,22 +65,9 @@ struct BackwardBuffers {
     t.dquery += tile * even(n.d) * kRows;
     t.lse += tile * kRows;
     t.delta += tile * kRows;
+    if (t.bias_sum) t.bias_sum += tile * n.sk * kRows;
     return t;
   }
-};
-
-// Accumulators of one task: row j holds dK in [0, padded(d)) and dV behind it.
-template <class Acc>
-struct KeyGradients {
-  Acc* base;
-  int64_t pitch, dv_at;
-  KeyGradients(const BackwardParams& p, int64_t part, int64_t b, int64_t g)
-      : pitch(padded_dim(p.n.d) + padded_dim(p.n.dv)), dv_at(padded_dim(p.n.d)) {
-    const int64_t share = (b * p.n.g + g) * p.parts + part;
-    base = static_cast<Acc*>(p.scratch) + share * even(p.n.sk) * pitch;
-  }
-  Acc* dk(int64_t j) const { return base + j * pitch; }
-  Acc* dv(int64_t j) const { return base + j * pitch + dv_at; }
 };
 
 // Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
@@ -100,7 +90,8 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
       *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
       if (dbias) {
         if constexpr (kPartial) *ds = lanes_that_see(lo, hi, j) ? *ds : Vec<Acc>{};
-        store(dbias + j * kRows + at, *ds);
+        Acc* const to = dbias + j * kRows + at;
+        store(to, t.bias_sum ? load(to) + *ds : *ds);
       }
       *ds *= steepness;
       *p = lanes.kept(*p, j);
@@ -194,14 +185,17 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
   const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b), j0, count, c,
                                t.bias,     t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
-  Acc* const dbias = kFeatured && is_bias_per_pair(p) ? t.dbias : nullptr;
+  Acc* dbias = nullptr;
+  if constexpr (kFeatured)
+    dbias = t.bias_sum ? t.bias_sum + j0 * kRows : is_bias_per_pair(p) ? t.dbias : nullptr;
   for (int x = 0; x < vectors; ++x) {
     if (partial)
       score_gradients<M, true, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
     else
       score_gradients<M, false, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
   }
-  if (dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
+  if constexpr (kFeatured)
+    if (dbias == t.dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
   if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
     return add_visible_gradients<M>(t, to, rows, n, j0, count);
   matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
@@ -213,24 +207,21 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
 }
 
 template <class M, class Storage, bool kFeatured>
-void backward_group(const BackwardParams& p, const RowMap& map,
+void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBuffers<M>& buffers,
                     const KeyGradients<typename M::Acc>& to, int64_t b, int64_t g, int64_t first,
                     int64_t tiles) {
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
-  const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles);
   Rows rows[kMostTiles];
-  RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
+  int64_t begin[kMostTiles] = {}, end[kMostTiles] = {};  // the keys that were reached
+  RowFeatures<Acc> features[kMostTiles];                 // untouched unless featured
   TileLimits all = no_rows();
   for (int64_t x = 0; x < tiles; ++x) {
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
-    if constexpr (kFeatured) {
-      find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
-      if (is_bias_per_pair(p)) clear_bias_rows<Storage>(p, rows[x], b, g);
-    }
+    if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
     const auto t = buffers.of_tile(x);
     pack_tile<M, Storage>(p, t, rows[x], b, g);
     rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&
@@ -246,10 +237,12 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
     for (int64_t x = 0; x < tiles; ++x) {
       const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind != TileClass::kSkip)
-        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g,
-                                     kind == TileClass::kPartial, j0,
-                                     min64(count, even(rows[x].limits.max_hi - j0)));
+      if (kind == TileClass::kSkip) continue;
+      const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
+      if (end[x] == 0) begin[x] = j0;
+      end[x] = j0 + reached;
+      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g,
+                                   kind == TileClass::kPartial, j0, reached);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
@@ -257,28 +250,8 @@ void backward_group(const BackwardParams& p, const RowMap& map,
     fill(factor, kRows, static_cast<Acc>(p.scale));
     write_columns<Acc>(buffers.of_tile(x).dquery, factor, rows[x], n, b, g, n.d,
                        static_cast<Storage*>(p.dq));
-  }
-}
-
-// Adds the tasks' shares in order, scales, and rounds: keys [j0, j1) of one head.
-template <class Acc, class Storage>
-void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int64_t j1) {
-  const Sizes& n = p.n;
-  const auto sum_of = [&](int64_t j, int64_t at) {
-    Vec<Acc> sum = load(KeyGradients<Acc>(p, 0, b, g).dk(j) + at);
-    for (int64_t part = 1; part < p.parts; ++part)
-      sum += load(KeyGradients<Acc>(p, part, b, g).dk(j) + at);
-    return sum;
-  };
-  const auto write = [&](int64_t j, int64_t at, int64_t width, Acc factor, Storage* to) {
-    for (int64_t e = 0; e < width; e += kLanes<Acc>)
-      store_some<Acc>(to + e, width - e, sum_of(j, at + e) * factor);
-  };
-  for (int64_t j = j0; j < j1; ++j) {
-    const int64_t row = (b * n.sk + j) * n.g + g;
-    write(j, 0, n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
-    write(j, padded_dim(n.d), n.dv, static_cast<Acc>(kept_scale(p.features)),
-          static_cast<Storage*>(p.dv) + row * n.dv);
+    if constexpr (kFeatured)
+      if (is_bias_per_pair(p)) clear_bias_rows<Storage>(p, rows[x], b, g, begin[x], end[x]);
   }
 }
 
@@ -288,16 +261,14 @@ inline int64_t tiles_per_group(const Sizes& n) {
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
-template <class Storage, bool kFeatured>
-void backward_typed(const BackwardParams& p, Executor& executor) {
-  using M = typename MathOf<Storage>::type;
-  using Acc = typename M::Acc;
-  constexpr int64_t kFinishKeys = 64;
+// dQ, and each task's share of dK and dV: a task has part of the query tiles of one key head.
+template <class M, class Storage, bool kFeatured>
+void add_shares(const BackwardParams& p, Executor& executor) {
   struct Context {
     const BackwardParams& p;
     RowMap map;
-    int64_t per_group, key_blocks;
-  } context{p, RowMap(p.n), tiles_per_group(p.n), ceil_div(p.n.sk, kFinishKeys)};
+    int64_t per_group;
+  } context{p, RowMap(p.n), tiles_per_group(p.n)};
   executor.run(
       p.n.b * p.n.g * p.parts, 5 * score_work(p.n),
       [](void* data, int64_t index) {
@@ -305,47 +276,83 @@ void backward_typed(const BackwardParams& p, Executor& executor) {
         const Sizes& n = x.p.n;
         const int64_t part = index % x.p.parts, g = index / x.p.parts % n.g,
                       b = index / x.p.parts / n.g;
-        const KeyGradients<Acc> to(x.p, part, b, g);
-        __builtin_memset(to.base, 0, even(n.sk) * to.pitch * sizeof(Acc));
+        const KeyGradients<typename M::Acc> to(x.p, part, b, g);
+        to.clear(n);
         // Cyclic shares: under a causal mask every part gets short and long rows.
-        const int64_t tiles = x.map.tiles();
-        for (int64_t first = part * x.per_group; first < tiles; first += x.p.parts * x.per_group)
-          backward_group<M, Storage, kFeatured>(x.p, x.map, to, b, g, first,
-                                                min64(x.per_group, tiles - first));
+        const int64_t all = x.map.tiles();
+        for (int64_t first = part * x.per_group; first < all; first += x.p.parts * x.per_group) {
+          const int64_t tiles = min64(x.per_group, all - first);
+          backward_group<M, Storage, kFeatured>(
+              x.p, x.map, thread_buffers<BackwardBuffers<M>>(n, tiles), to, b, g, first, tiles);
+        }
       },
       &context);
-  executor.run(
-      p.n.b * p.n.g * context.key_blocks,
-      static_cast<double>(p.n.b * p.n.g * p.n.sk) * p.parts * (p.n.d + p.n.dv),
-      [](void* data, int64_t index) {
-        const auto& x = *static_cast<const Context*>(data);
-        const int64_t block = index % x.key_blocks, head = index / x.key_blocks;
-        finish_keys<Acc, Storage>(x.p, head / x.p.n.g, head % x.p.n.g, block * kFinishKeys,
-                                  min64(x.p.n.sk, (block + 1) * kFinishKeys));
-      },
-      &context);
-  if constexpr (kFeatured) bias_gradient<Storage>(p, executor);
 }
 
-template <class Storage>
-void backward_of(const BackwardParams& p, Executor& executor) {
-  return plain_features(p) ? backward_typed<Storage, false>(p, executor)
-                           : backward_typed<Storage, true>(p, executor);
+// The same, and the gradient of a bias that batch elements or heads share: a task has part of the
+// query tiles of everything that reads its rows of the bias.
+template <class M, class Storage>
+void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
+  using Acc = typename M::Acc;
+  constexpr int64_t kBytes = 1 << 20;  // of sums: they stay in the L2 cache
+  struct Context {
+    const BackwardParams& p;
+    RowMap map;
+    int64_t per_head, per_group;
+    BiasOwners owners;
+  } context{p, RowMap(p.n, RowMap::whole_tiles(p.n.sq)), ceil_div(p.n.sq, kRows), 0, BiasOwners(p)};
+  const int64_t fit = kBytes / (p.n.sk * kRows * static_cast<int64_t>(sizeof(Acc)));
+  context.per_group =
+      clamp<int64_t>(min64(ceil_div(context.per_head, p.parts), fit), 1, tiles_per_group(p.n));
+  executor.run(
+      context.owners.tasks, 5 * score_work(p.n),
+      [](void* data, int64_t index) {
+        const auto& x = *static_cast<const Context*>(data);
+        const Sizes& n = x.p.n;
+        const Bias& bias = x.p.features.bias;
+        const int64_t part = index % x.p.parts, g0 = index / x.p.parts % x.owners.g,
+                      b0 = index / x.p.parts / x.owners.g;
+        const AxisRange bs(bias.b, b0, n.b), gs(bias.g, g0, n.g);
+        for_pairs(bs, gs,
+                  [&](int64_t b, int64_t g) { KeyGradients<Acc>(x.p, part, b, g).clear(n); });
+        for (int64_t i = part * x.per_group; i < x.per_head; i += x.p.parts * x.per_group) {
+          const int64_t tiles = min64(x.per_group, x.per_head - i);
+          const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles, true);
+          for (int64_t r0 = 0; r0 < (bias.r ? n.r : 1); ++r0) {
+            const AxisRange rs(bias.r, r0, n.r);
+            fill(buffers.bias_sum, tiles * n.sk * kRows, Acc(0));
+            for_pairs(bs, gs, [&](int64_t b, int64_t g) {
+              for (int64_t r = rs.begin; r < rs.end; ++r)
+                backward_group<M, Storage, true>(x.p, x.map, buffers,
+                                                 KeyGradients<Acc>(x.p, part, b, g), b, g,
+                                                 r * x.per_head + i, tiles);
+            });
+            for (int64_t t = 0; t < tiles; ++t)
+              write_bias_rows<Storage>(x.p, buffers.of_tile(t).bias_sum, (i + t) * kRows,
+                                       b0 * bias.b + g0 * bias.g + r0 * bias.r);
+          }
+        }
+      },
+      &context);
+}
+
+template <class Storage, bool kFeatured>
+void backward_typed(const BackwardParams& p, Executor& executor) {
+  using M = typename MathOf<Storage>::type;
+  if (kFeatured && is_bias_summed_in_pass(p))
+    add_shares_and_bias<M, Storage>(p, executor);
+  else
+    add_shares<M, Storage, kFeatured>(p, executor);
+  finish<typename M::Acc, Storage>(p, executor);
+  if constexpr (kFeatured) bias_gradient<Storage>(p, executor);
 }
 
 }  // namespace
 
 void backward(const BackwardParams& p, Executor& executor) {
-  switch (p.dtype) {
-    case DType::kF16:
-      return backward_of<f16>(p, executor);
-    case DType::kBF16:
-      return backward_of<bf16>(p, executor);
-    case DType::kF32:
-      return backward_of<float>(p, executor);
-    case DType::kF64:
-      return backward_of<double>(p, executor);
-  }
+  with_instance(p, [&](auto element, auto featured) {
+    backward_typed<decltype(element), featured.value>(p, executor);
+  });
 }
 
 }  // namespace jax_flashattn::cpu::FLASH_ISA

@@ -1,9 +1,11 @@
 // The gradient of an additive bias (docs/semantics.md S8): dS summed over what shares a bias.
 //
-// Where every pair has a bias of its own, the backward pass writes its dS as it goes. Else one task
-// owns a block of the bias, walks every (b, head, tile) that reads it in fixed order, and writes
-// the block once: no partial sums in memory, no race, the same bits for any number of threads. That
-// computes scores and dP a second time, which only calls with a shared bias pay for.
+// Where every pair has a bias of its own, the backward pass writes its dS as it goes. Where batch
+// elements or heads share one, a task of that pass owns rows of the bias, takes all that read them
+// one after the other, sums dS in its thread's memory and writes the rows once. Else (rows or keys
+// share it too, or few tasks would come of it) a pass of its own does that for blocks of the bias;
+// it computes scores and dP a second time. All sums have a fixed order: no race, the same bits for
+// any number of threads.
 #pragma once
 
 #include "cpu/features.h"
@@ -60,13 +62,17 @@ inline To* bias_row(const BackwardParams& p, const Rows& rows, int64_t b, int64_
          rows.i[l] * bias.i;
 }
 
-// Bias of its own per pair: what no tile of keys reaches is 0.
+// Bias of its own per pair: 0 at the keys [0, j0) and [j1, sk), which no tile reached.
 template <class Storage>
-inline void clear_bias_rows(const BackwardParams& p, const Rows& rows, int64_t b, int64_t g) {
+inline void clear_bias_rows(const BackwardParams& p, const Rows& rows, int64_t b, int64_t g,
+                            int64_t j0, int64_t j1) {
   with_bias_type<Storage>(p, [&](auto type) {
-    for (int l = 0; l < rows.count; ++l)
-      if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l))
-        __builtin_memset(row, 0, p.n.sk * sizeof type);
+    for (int l = 0; l < rows.count; ++l) {
+      if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l)) {
+        __builtin_memset(row, 0, j0 * sizeof type);
+        __builtin_memset(row + j1, 0, (p.n.sk - j1) * sizeof type);
+      }
+    }
   });
 }
 
@@ -82,9 +88,12 @@ inline void write_score_gradients(const BackwardParams& p, const Acc* ds, const 
         for (int u = 0; u < L; ++u)
           square[u] = j + u < count ? load(ds + (j + u) * kRows + l0) : Vec<Acc>{};
         transpose<Acc>(square);
-        for (int l = 0; l < L; ++l)
-          if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l0 + l))
+        for (int l = 0; l < L; ++l) {
+          if (auto* row = bias_row<decltype(type)>(p, rows, b, g, l0 + l)) {
             store_some<Acc>(row + j0 + j, count - j, square[l]);
+            __builtin_prefetch(row + j0 + j + kTileKeys, 1);  // of the next tile
+          }
+        }
       }
     }
   });
@@ -130,6 +139,30 @@ struct AxisRange {
   AxisRange(int64_t stride, int64_t index, int64_t count)
       : begin(stride ? index : 0), end(stride ? index + 1 : count) {}
 };
+
+// The tasks of a backward pass that sums the gradient of a shared bias: parts of the rows of a
+// bias.
+struct BiasOwners {
+  int64_t b, g, tasks;
+  explicit BiasOwners(const BackwardParams& p)
+      : b(p.features.bias.b ? p.n.b : 1),
+        g(p.features.bias.g ? p.n.g : 1),
+        tasks(b * g * p.parts) {}
+};
+
+// Whether it does: rows and keys have biases of their own, and there are tasks enough.
+inline bool is_bias_summed_in_pass(const BackwardParams& p) {
+  constexpr int64_t kEnoughTasks = 8;
+  const Bias& bias = p.features.bias;
+  return bias.data && !is_bias_per_pair(p) && bias.i && bias.j &&
+         BiasOwners(p).tasks >= kEnoughTasks;
+}
+
+template <class Body>
+inline void for_pairs(const AxisRange& bs, const AxisRange& gs, const Body& body) {
+  for (int64_t b = bs.begin; b < bs.end; ++b)
+    for (int64_t g = gs.begin; g < gs.end; ++g) body(b, g);
+}
 
 // Adds dS of one tile of rows and keys to the block's sum.
 template <class M, class Storage>
@@ -191,6 +224,15 @@ inline void write_bias_block(const BackwardParams& p, Acc* sum, int64_t i0, int6
   }
 }
 
+// The same of one tile of rows, for all keys.
+template <class Storage, class Acc>
+inline void write_bias_rows(const BackwardParams& p, Acc* sum, int64_t i0, int64_t offset) {
+  with_bias_type<Storage>(p, [&](auto type) {
+    for (int64_t j0 = 0; j0 < p.n.sk; j0 += kTileKeys)
+      write_bias_block<Acc, decltype(type)>(p, sum + j0 * kRows, i0, j0, offset);
+  });
+}
+
 template <class Storage>
 void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int64_t index) {
   using M = typename MathOf<Storage>::type;
@@ -224,10 +266,10 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
         add_score_gradients<M, Storage>(p, t, rows, features, b, g, j0, count);
     }
   };
-  for (int64_t b = bs.begin; b < bs.end; ++b)
-    for (int64_t g = gs.begin; g < gs.end; ++g)
-      for (int64_t r = rs.begin; r < rs.end; ++r)
-        for (int64_t i = is.begin; i < is.end; ++i) add_rows(b, g, r * ceil_div(n.sq, kRows) + i);
+  for_pairs(bs, gs, [&](int64_t b, int64_t g) {
+    for (int64_t r = rs.begin; r < rs.end; ++r)
+      for (int64_t i = is.begin; i < is.end; ++i) add_rows(b, g, r * ceil_div(n.sq, kRows) + i);
+  });
   const int64_t offset = b0 * bias.b + g0 * bias.g + r0 * bias.r;
   with_bias_type<Storage>(p, [&](auto type) {
     write_bias_block<Acc, decltype(type)>(p, t.sum, tile_i * kRows, tile_j * kTileKeys, offset);
@@ -236,7 +278,7 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
 
 template <class Storage>
 void bias_gradient(const BackwardParams& p, Executor& executor) {
-  if (p.features.bias.data == nullptr || is_bias_per_pair(p)) return;
+  if (!p.features.bias.data || is_bias_per_pair(p) || is_bias_summed_in_pass(p)) return;
   struct Context {
     const BackwardParams& p;
     BiasBlocks blocks;

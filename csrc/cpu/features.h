@@ -68,6 +68,7 @@ inline void pack_bias_of(const TileFeatures<Acc>& t, const Bias& bias, Acc facto
       for (int l = 0; l < L; ++l) {
         const int64_t head = rows.head[l0 + l];
         const auto* row = data + head * bias.r + rows.i[l0 + l] * bias.i + (t.j0 + j) * bias.j;
+        __builtin_prefetch(row + kTileKeys * bias.j);  // the next tile's: each row is far away
         square[l] = head < 0 ? Vec<Acc>{} : load_bias<Acc>(row, bias.j, t.count - j);
       }
       transpose<Acc>(square);

@@ -8,6 +8,7 @@
 // kFeatured is the instance for softcap, ALiBi, bias, dropout and sinks: it turns raw products into
 // scores in units of log2 before the maximum, so that its exponent scale is 1.
 #include "cpu/features.h"
+#include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -238,48 +239,13 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     write_rows<M, Storage, kFeatured>(buffers.of_tile(x), p, rows[x], b, g);
 }
 
-template <class Storage, bool kFeatured>
-void forward_typed(const ForwardParams& p, Executor& executor) {
-  struct Context {
-    const ForwardParams& p;
-    RowMap map;
-    int64_t tiles, per_task, groups;
-  } x{p, RowMap(p.n), 0, 0, 0};
-  x.tiles = x.map.tiles();
-  x.per_task = tiles_per_task(p.n, x.tiles, p.n.d + p.n.dv);
-  x.groups = ceil_div(x.tiles, x.per_task);
-  // Last rows first: under a causal mask they are the longest.
-  executor.run(
-      p.n.b * p.n.g * x.groups, 2 * score_work(p.n),
-      [](void* data, int64_t index) {
-        const auto& x = *static_cast<const Context*>(data);
-        const int64_t heads = x.p.n.b * x.p.n.g;
-        const int64_t first = (x.groups - 1 - index / heads) * x.per_task, head = index % heads;
-        forward_group<Storage, kFeatured>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
-                                          min64(x.per_task, x.tiles - first));
-      },
-      &x);
-}
-
-template <class Storage>
-void forward_of(const ForwardParams& p, Executor& executor) {
-  return plain_features(p) ? forward_typed<Storage, false>(p, executor)
-                           : forward_typed<Storage, true>(p, executor);
-}
-
 }  // namespace
 
 void forward(const ForwardParams& p, Executor& executor) {
-  switch (p.dtype) {
-    case DType::kF16:
-      return forward_of<f16>(p, executor);
-    case DType::kBF16:
-      return forward_of<bf16>(p, executor);
-    case DType::kF32:
-      return forward_of<float>(p, executor);
-    case DType::kF64:
-      return forward_of<double>(p, executor);
-  }
+  with_instance(p, [&](auto element, auto featured) {
+    for_row_groups<forward_group<decltype(element), featured.value>>(p, p.n.d + p.n.dv,
+                                                                     2 * score_work(p.n), executor);
+  });
 }
 
 }  // namespace jax_flashattn::cpu::FLASH_ISA

@@ -8,6 +8,7 @@
 //
 // kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in lse and dsink.
 #include "cpu/features.h"
+#include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -262,48 +263,13 @@ void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t
   for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
 }
 
-template <class Storage, bool kFeatured>
-void tangent_typed(const TangentParams& p, Executor& executor) {
-  struct Context {
-    const TangentParams& p;
-    RowMap map;
-    int64_t tiles, per_task, groups;
-  } x{p, RowMap(p.n), 0, 0, 0};
-  x.tiles = x.map.tiles();
-  x.per_task = tiles_per_task(p.n, x.tiles, 2 * p.n.d + p.n.dv);
-  x.groups = ceil_div(x.tiles, x.per_task);
-  // Last rows first: under a causal mask they are the longest.
-  executor.run(
-      p.n.b * p.n.g * x.groups, 5 * score_work(p.n),
-      [](void* data, int64_t index) {
-        const auto& x = *static_cast<const Context*>(data);
-        const int64_t heads = x.p.n.b * x.p.n.g;
-        const int64_t first = (x.groups - 1 - index / heads) * x.per_task, head = index % heads;
-        tangent_group<Storage, kFeatured>(x.p, x.map, head / x.p.n.g, head % x.p.n.g, first,
-                                          min64(x.per_task, x.tiles - first));
-      },
-      &x);
-}
-
-template <class Storage>
-void tangent_of(const TangentParams& p, Executor& executor) {
-  return plain_features(p) ? tangent_typed<Storage, false>(p, executor)
-                           : tangent_typed<Storage, true>(p, executor);
-}
-
 }  // namespace
 
 void tangent(const TangentParams& p, Executor& executor) {
-  switch (p.dtype) {
-    case DType::kF16:
-      return tangent_of<f16>(p, executor);
-    case DType::kBF16:
-      return tangent_of<bf16>(p, executor);
-    case DType::kF32:
-      return tangent_of<float>(p, executor);
-    case DType::kF64:
-      return tangent_of<double>(p, executor);
-  }
+  with_instance(p, [&](auto element, auto featured) {
+    for_row_groups<tangent_group<decltype(element), featured.value>>(p, 2 * p.n.d + p.n.dv,
+                                                                     5 * score_work(p.n), executor);
+  });
 }
 
 }  // namespace jax_flashattn::cpu::FLASH_ISA

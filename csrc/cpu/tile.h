@@ -32,12 +32,12 @@ struct Arena {
   }
 };
 
-template <class Buffers>
-inline Buffers thread_buffers(const Sizes& n, int64_t tiles) {
+template <class Buffers, class... Options>
+inline Buffers thread_buffers(const Sizes& n, int64_t tiles, Options... options) {
   Arena count{nullptr};
-  Buffers(count, n, tiles);
+  Buffers(count, n, tiles, options...);
   Arena arena{static_cast<char*>(thread_buffer(count.used))};
-  return Buffers(arena, n, tiles);
+  return Buffers(arena, n, tiles, options...);
 }
 
 template <class T>

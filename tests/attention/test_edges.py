@@ -101,13 +101,19 @@ def test_nonsense_intervals_read_nothing_outside():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_nan_in_what_nobody_uses_has_no_effect(case, dtype, causal):
-    """S13: the clean run's results."""
+    """S13: the clean run's results, and the same of infinities."""
     case = case.replace(dtype=dtype, causal=causal)
     problem = make_problem(case)
     assert any(np.isnan(x.astype(float)).any() for x in problem.given.values()), "vacuous"
-    clean, poisoned = (execute(problem, x) for x in (problem.clean, problem.given))
-    for name, x in clean.items():
-        assert_same_numbers(name, poisoned[name], x, dtype, case)
+    clean = execute(problem, problem.clean)
+    for bad in (np.nan, np.inf, -np.inf):
+        given = {
+            n: np.where(np.isnan(x.astype(float)), x.dtype.type(bad), x)
+            for n, x in problem.given.items()
+        }
+        poisoned = execute(problem, given)
+        for name, x in clean.items():
+            assert_same_numbers(name, poisoned[name], x, dtype, case)
 
 
 def _spoil(problem, name, where, bad):
@@ -126,11 +132,13 @@ def _assert_nan(results, rows_q, rows_k):
     assert set(np.flatnonzero(bad)) == set(rows_q), "NaN is lost in out"
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_nan_in_a_query_stays_in_its_row(causal, dtype):
+def test_nan_and_inf_in_a_query_stay_in_its_row(causal, dtype, bad):
+    """Scores of an infinite query are of both signs, or inf - inf: its row is NaN too."""
     problem = make_problem(NAN.replace(dtype=dtype, causal=causal))
-    results = execute(problem, _spoil(problem, "query", (0, 50), np.nan))
+    results = execute(problem, _spoil(problem, "query", (0, 50), bad))
     seen = np.flatnonzero(problem.see[0, 50])
     _assert_nan(results, [50], seen)
     assert np.isnan(results["lse"][0, :, 50]).all()
@@ -175,6 +183,13 @@ def test_nan_in_a_document_does_not_reach_its_neighbours(name, dtype):
         axis = 2 if field == "lse" else 1
         same = np.take(spoiled[field], others, axis), np.take(x, others, axis)
         assert_same_numbers(field, *same, dtype, case)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_large_negative_scale_does_not_overflow(dtype):
+    """The maximum is that of scaled scores: that of raw ones would leave exp(2 * 300)."""
+    results = check_case(Case(sq=70, sk=130, scale=-60.0, dtype=dtype, causal=True, dlse=True))
+    assert np.abs(results["lse"][np.isfinite(results["lse"])]).max() > 300, "vacuous"
 
 
 def test_infinity_follows_ieee():

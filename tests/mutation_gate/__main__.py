@@ -83,8 +83,8 @@ def main() -> int:
         mutations = [m for m in mutations if m.name not in killers]
     with tempfile.TemporaryDirectory() as folder:
         sandbox = Sandbox(pathlib.Path(folder) / "project")
-        everything = len(mutations) == len(MUTATIONS)
-        if everything and (broken := sandbox.run((*WITHOUT_KERNELS, *TESTS)).test):
+        stages = [tests for m in mutations for tests in _stages(m, chosen.quick)]
+        if broken := sandbox.run(list(dict.fromkeys(t for tests in stages for t in tests))).test:
             raise SystemExit(f"the unmutated project fails {broken}")
         for m in mutations:
             begin = time.monotonic()

@@ -17,7 +17,7 @@ import sysconfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-KERNELS = ("cpu/forward.cc", "cpu/backward.cc")
+KERNELS = ("cpu/forward.cc", "cpu/backward.cc", "cpu/tangent.cc")
 BINDINGS = ("ffi/cpu_module.cc", "ffi/decode.cc", "cpu/dispatch.cc")
 WITHOUT_KERNELS = (
     "tests/unit/test_semantics.py",
@@ -27,14 +27,13 @@ WITHOUT_KERNELS = (
 SECONDS_PER_TEST = 60
 SECONDS = 600  # of one run
 
-# An editable install would win over the copy; its finder goes. Then pytest, on the copy.
-PYTEST = """
+# An editable install would win over the copy; its finder goes.
+ON_THE_COPY = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
 sys.path.insert(0, {copy!r})
-import jax_flashattn, pytest
+import jax_flashattn
 assert jax_flashattn.__file__.startswith({copy!r}), jax_flashattn.__file__
-sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
@@ -72,13 +71,17 @@ class Sandbox:
         self._write_stubs()
         if errors := self._compile((*KERNELS, *BINDINGS, "stubs.cc")):
             raise SystemExit(errors)
+        # Else every test would fail, and every mutation seem noticed.
+        code = "from jax_flashattn import _native; _native.require('cpu')"
+        if (found := self._python(code)).returncode:
+            raise SystemExit(f"the extension of the copy does not load:\n{found.stderr[-2000:]}")
 
     def _write_stubs(self) -> None:
         names = [isa for isa in ISAS if isa != self.isa]
         lines = [
             f"namespace {isa} {{ void {f}(const {p}Params&, Executor&) {{ __builtin_trap(); }} }}"
             for isa in names
-            for f, p in (("forward", "Forward"), ("backward", "Backward"))
+            for f, p in (("forward", "Forward"), ("backward", "Backward"), ("tangent", "Tangent"))
         ]
         body = "\n".join(["namespace jax_flashattn::cpu {", *lines, "}"])
         (self.folder / "csrc/stubs.cc").write_text(f'#include "cpu/attention.h"\n{body}\n')
@@ -138,25 +141,22 @@ class Sandbox:
         finally:
             path.write_text(text)
 
+    def _python(self, code: str, *arguments: str) -> subprocess.CompletedProcess:
+        """Runs code that sees the copy."""
+        flags = {"JAX_PLATFORMS": "cpu", "JAX_FLASHATTN_CPU_ISA": self.isa}
+        code = ON_THE_COPY.format(copy=str(self.folder)) + code
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=self.folder, env=os.environ | flags,
+            capture_output=True, text=True, check=False, timeout=SECONDS,
+        )  # fmt: skip
+
     def run(self, tests) -> Verdict:
         """The tests, in this order, until one fails."""
-        code = PYTEST.format(copy=str(self.folder))
-        options = [
-            "-x",
-            "-vv",
-            "--tb=line",
-            "-o",
-            f"timeout={SECONDS_PER_TEST}",
-            "-p",
-            "no:warnings",
-        ]
-        flags = {"JAX_PLATFORMS": "cpu", "JAX_FLASHATTN_CPU_ISA": self.isa}
+        # One process: the order of the tests says which noticed first.
+        options = ["-x", "-vv", "-n0", "--tb=line", "-o", f"timeout={SECONDS_PER_TEST}"]
+        code = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", code, *options, *tests], cwd=self.folder,
-                env=os.environ | flags, capture_output=True, text=True, check=False,
-                timeout=SECONDS,
-            )  # fmt: skip
+            done = self._python(code, *options, "-p", "no:warnings", *tests)
         except subprocess.TimeoutExpired as late:
             begun = re.findall(r"^(tests/\S+?::.*?)(?: PASSED.*)?$", str(late.stdout), re.M)
             return Verdict(begun[-1] if begun else "?", "hangs")

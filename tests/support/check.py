@@ -59,6 +59,12 @@ def _compiled(options: tuple, shapes: tuple, structure, platform: str):
     return compiled
 
 
+def forget_programs() -> None:
+    """Frees what was compiled: a long run of other programs follows."""
+    _compiled.cache_clear()
+    jitted.cache_clear()
+
+
 def execute(problem: Problem, arrays: dict, platform: str = "cpu") -> dict:
     """Value and gradients of the library, as numpy arrays; asserts that our kernels ran."""
     names = ("query", "key", "value", "dout", "dlse")

@@ -117,7 +117,14 @@ BIASES = [
     *(_FEATURED.replace(bias=axes, left=9) for axes in ("", "i", "bi", "hi", "j", "h")),
     *(_FEATURED.replace(bias="hij", **_SINGLE[-1], **mask) for mask in _MASKS),
     _FEATURED.replace(bias="bhij", sq=5, hq=12, sinks=True, scale=-0.3),
-]
+    # Rows enough for the CPU backward to sum a shared bias as it goes.
+    _FEATURED.replace(bias="hij", sq=270, sk=201, hq=8, hk=4, causal=True, **_SINGLE[-1]),
+    _FEATURED.replace(
+        b=4, bias="bij", sq=300, d=8, dv=8, left=150, right=9, layout="lengths",
+        lengths_q=(300, 170, 0, 64), lengths_k=(130, 9, 70, 97),
+    ),
+    _FEATURED.replace(bias="ij", sq=1030, sk=99, d=8, dv=8, interval="random"),
+]  # fmt: skip
 ALL = [
     *(HEADS + HEAD_DIMS + VALUE_DIMS + SHAPES + WINDOWS + CAUSAL_WINDOWS + SCALES + STRUCTURED),
     *(LENGTHS + SEGMENTS + INTERVALS + COMBINED + FEATURES),

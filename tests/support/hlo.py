@@ -12,6 +12,12 @@ def compiled_text(function, *args) -> str:
     return function.lower(*args).compile().as_text()
 
 
+def run_with_text(function, *args) -> tuple:
+    """Results of a jitted function and its HLO, compiled once."""
+    compiled = function.lower(*args).compile()
+    return compiled(*args), compiled.as_text()
+
+
 def count_calls(text: str, target: str) -> int:
     """How many custom calls of this target the program has."""
     return text.count(f'custom_call_target="{target}"')

@@ -278,8 +278,9 @@ def rounding_floors(
 ) -> dict:
     """How far a correct kernel may be off even where the low-precision answer is lucky.
 
-    Sums may run in any order, scores carry rounding into P, dP - delta cancels, and delta is made
-    from an out that is rounded to the test dtype.
+    Sums may run in any order (one of n terms is off by about sqrt(n) roundings), scores carry
+    rounding into P, dP - delta cancels, and delta is made from an out that is rounded to the test
+    dtype.
     """
     dtype = arrays["query"].dtype
     step = 16 * 2.0**-52 if dtype == np.float64 else 2.0**-23
@@ -298,8 +299,9 @@ def rounding_floors(
 
     score = abs(scale) * (q @ transposed(k)) + np.abs(added)  # size of its terms
     score = np.where(see[:, None] & np.isfinite(score), score, 0)
-    dp = (dout @ transposed(v)) * factor + term.sum(-1, keepdims=True)
-    p_noise = 2 * step * p * (2 + score)
+    dlse = np.abs(arrays["dlse"].astype(np.float64))[..., None]
+    dp = (dout @ transposed(v)) * factor + term.sum(-1, keepdims=True) + dlse
+    p_noise = step * (2 + np.sqrt(q.shape[-1]) / 4) * p * (2 + score)
     ds = p_noise * dp + 2 * step * p * dp
     ds += p * eps * np.sqrt((term**2).sum(-1, keepdims=True))
     floors = {

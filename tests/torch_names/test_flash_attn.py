@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import hlo, oracle
+from support.torch_names import oracle_features, see
 
 import jax_flashattn
 from jax_flashattn import (
@@ -59,41 +60,6 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def see(sq: int, sk: int, causal=False, window_size=(-1, -1), **_) -> np.ndarray:
-    """Who sees whom, from the words of flash-attn's documentation."""
-    i, j = np.arange(sq)[:, None] + sk - sq, np.arange(sk)[None]
-    left, right = (None if side in (-1, None) else side for side in window_size)
-    visible = np.ones((sq, sk), bool)
-    if causal:
-        visible &= j <= i
-    if left is not None:
-        visible &= j >= i - left
-    if right is not None:
-        visible &= j <= i + right
-    return visible
-
-
-def oracle_features(
-    sizes: tuple[int, int, int, int],
-    *,
-    softcap=None,
-    alibi_slopes=None,
-    learnable_sink=None,
-    dropout_p=0.0,
-    dropout_key=None,
-    **_,
-) -> oracle.Features:
-    """The oracle's form of options by flash-attn's names, for sizes b, hq, sq, sk."""
-    b, hq, sq, sk = sizes
-    arrays = {"position": np.broadcast_to(np.arange(sq) + sk - sq, (b, sq))}
-    if alibi_slopes is not None:
-        arrays["slopes"] = np.broadcast_to(alibi_slopes, (b, hq))
-    if dropout_p:
-        arrays["threshold"] = round((1 - dropout_p) * 65536)
-        arrays["keep"] = oracle.keep(dropout_key, arrays, (b, hq, sk))
-    return oracle.Features(softcap=softcap, sinks=learnable_sink, **arrays)
-
-
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     parameters = inspect.signature(getattr(jax_flashattn, name)).parameters.values()
@@ -121,8 +87,14 @@ def test_dense(sq, sk, hk, features):
     def call(q, k, v, sink):
         return flash_attn_func(q, k, v, **rest, learnable_sink=sink, return_attn_probs=True)
 
-    (out, lse), pull, dmask = jax.vjp(lambda *x: _with_aux(call(*x)), q, k, v, sink, has_aux=True)
-    gradients = pull((dout, jnp.zeros_like(lse)))
+    @jax.jit
+    def run(q, k, v, sink):
+        (out, lse), pull, dmask = jax.vjp(
+            lambda *x: _with_aux(call(*x)), q, k, v, sink, has_aux=True
+        )
+        return out, lse, pull((dout, jnp.zeros_like(lse))), dmask
+
+    out, lse, gradients, dmask = run(q, k, v, sink)
     arrays = dict(query=q, key=k, value=v, dout=dout, dlse=np.zeros(lse.shape))
     visible = np.broadcast_to(see(sq, sk, **features), (2, sq, sk))
     given = oracle_features((2, 4, sq, sk), **features)

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import hlo
+from support import derivatives, hlo
+from support.torch_names import dense
 
+from jax_flashattn import flash_attn_varlen as module
 from jax_flashattn import (
-    flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     packing,
 )
-from jax_flashattn import flash_attn_varlen as module
 
 # Options a call may have, by flash-attn's names.
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
@@ -52,17 +52,14 @@ def cumulative(lengths) -> np.ndarray:
 
 
 def one_by_one(q, k, v, dout, lengths_q, lengths_k, **features):
-    """out, lse, dq, dk, dv by one dense call per sequence; the rest 0, lse -inf."""
+    """out, lse, dq, dk, dv of one dense call per sequence; the rest 0, lse -inf."""
     cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     out, dq, dk, dv = np.zeros_like(dout), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     lse = np.full(q.shape[1::-1], -np.inf)
     for n in range(len(lengths_q)):
         rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
-        call = lambda *x: flash_attn_func(*x, **features, return_attn_probs=True)[:2]  # noqa: E731
-        (o, ls), pull = jax.vjp(call, q[None, rows], k[None, keys], v[None, keys])
-        gradients = pull((dout[None, rows], jnp.zeros_like(ls)))
-        out[rows], lse[:, rows] = o[0], ls[0]
-        dq[rows], dk[keys], dv[keys] = (g[0] for g in gradients)
+        own = dense(q[rows], k[keys], v[keys], dout[rows], **features)
+        out[rows], lse[:, rows], dq[rows], dk[keys], dv[keys] = own
     return out, lse, dq, dk, dv
 
 
@@ -71,8 +68,14 @@ def check(results, wanted):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("features", FEATURES, ids=str)
-@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize(
+    ("kind", "features"),
+    [
+        *(("unequal", features) for features in FEATURES),
+        *((kind, features) for kind in LENGTHS if kind != "unequal" for features in FEATURES[2::3]),
+    ],
+    ids=str,
+)
 def test_same_as_one_call_per_sequence(kind, features):
     lengths_q, lengths_k = LENGTHS[kind]
     total_q, total_k = sum(lengths_q) + 3, sum(lengths_k) + 5  # tokens behind the last sequence
@@ -92,8 +95,9 @@ def test_same_as_one_call_per_sequence(kind, features):
         return out, lse, *pull((dout, jnp.zeros_like(lse)))
 
     args = (q, k, v, dout, cumulative(lengths_q), cumulative(lengths_k))
-    check(run(*args), wanted)
-    hlo.assert_kernels(hlo.compiled_text(run, *args), forward=1, backward=1)
+    results, text = hlo.run_with_text(run, *args)
+    check(results, wanted)
+    hlo.assert_kernels(text, forward=1, backward=1)
 
 
 @pytest.mark.parametrize("features", FEATURES, ids=str)
@@ -101,20 +105,22 @@ def test_packed_forms(features):
     cu, total = cumulative((7, 0, 20, 5)), 35
     qkv, dout = normal(0, total, 3, 4, 16), normal(1, total, 4, 16)
     q, k, v = (qkv[:, n] for n in range(3))
-    wanted, pull = jax.vjp(
-        lambda *x: flash_attn_varlen_func(*x, cu, cu.copy(), 20, 20, **features), q, k, v
+    wanted, *gradients = derivatives.vjp(
+        lambda *x: flash_attn_varlen_func(*x, cu, cu.copy(), 20, 20, **features), (q, k, v), dout
     )
-    gradients = np.stack(pull(dout), 1)
-    out, pull = jax.vjp(lambda x: flash_attn_varlen_qkvpacked_func(x, cu, 20, **features), qkv)
+    gradients = np.stack(gradients, 1)
+    out, gradient = derivatives.vjp(
+        lambda x: flash_attn_varlen_qkvpacked_func(x, cu, 20, **features), (qkv,), dout
+    )
     np.testing.assert_array_equal(out, wanted)
-    np.testing.assert_array_equal(pull(dout)[0], gradients)
+    np.testing.assert_array_equal(gradient, gradients)
 
     def kvpacked(q, kv):
         return flash_attn_varlen_kvpacked_func(q, kv, cu, cu, 20, 20, **features)
 
-    out, pull = jax.vjp(kvpacked, q, qkv[:, 1:])
+    out, _, gradient = derivatives.vjp(kvpacked, (q, qkv[:, 1:]), dout)
     np.testing.assert_array_equal(out, wanted)
-    np.testing.assert_array_equal(pull(dout)[1], gradients[:, 1:])
+    np.testing.assert_array_equal(gradient, gradients[:, 1:])
 
 
 @pytest.mark.parametrize("features", FEATURES, ids=str)
@@ -135,8 +141,7 @@ def test_paged(features):
         tail = {"block_table": table, "return_attn_probs": True}
         return flash_attn_varlen_func(q, *pages, cu_q, cu_k, 20, 33, **features, **tail)[:2]
 
-    (out, lse), pull = jax.vjp(jax.jit(call), q)
-    check((out, lse, *pull((dout, jnp.zeros_like(lse)))), wanted[:3])
+    check(derivatives.vjp(call, (q,), (dout, np.zeros((4, 33)))), wanted[:3])
 
 
 @pytest.mark.parametrize("features", FEATURES, ids=str)
@@ -146,19 +151,15 @@ def test_seqused(features):
     cu_q, cu_k = cumulative((7, 1, 20, 5)), cumulative((9, 33, 0, 16))
     used_q, used_k = np.array([3, 1, 0, 5], np.int32), np.array([9, 8, 0, 16], np.int32)
     q[3:7] = q[8:28] = k[17:42] = v[17:42] = np.nan
-    out, lse, _ = flash_attn_varlen_func(
-        *(q, k, v, cu_q, cu_k, 20, 33),
-        **features,
-        **{"return_attn_probs": True, "seqused_q": used_q, "seqused_k": used_k},
-    )
+    tail = {"return_attn_probs": True, "seqused_q": used_q, "seqused_k": used_k}
+    call = jax.jit(lambda *x: flash_attn_varlen_func(*x, cu_q, cu_k, 20, 33, **features, **tail))
+    out, lse, _ = call(q, k, v)
     for n in range(4):
         rows = slice(cu_q[n], cu_q[n] + used_q[n])
         keys = slice(cu_k[n], cu_k[n] + used_k[n])
-        wanted = flash_attn_func(
-            q[None, rows], k[None, keys], v[None, keys], **features, return_attn_probs=True
-        )
-        np.testing.assert_allclose(out[rows], wanted[0][0], rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(lse[:, rows], wanted[1][0], rtol=1e-9)
+        wanted = dense(q[rows], k[keys], v[keys], q[rows], **features)
+        np.testing.assert_allclose(out[rows], wanted[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(lse[:, rows], wanted[1], rtol=1e-9)
         rest = slice(rows.stop, cu_q[n + 1])
         assert not np.any(out[rest])
         assert np.all(np.isneginf(lse[:, rest]))
@@ -191,17 +192,12 @@ def test_slopes_per_head_and_per_sequence(slopes):
     k, v = normal(2, 43, 2, 16), normal(3, 43, 2, 16)
     cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     call = lambda *x: flash_attn_varlen_func(*x, cu_q, cu_k, 20, 30, alibi_slopes=slopes)  # noqa: E731
-    out, pull = jax.vjp(call, q, k, v)
-    gradients = pull(dout)
+    found = derivatives.vjp(call, (q, k, v), dout)
     for n, own in enumerate(np.broadcast_to(slopes, (3, 4))):
         rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
-        one, pull = jax.vjp(
-            lambda *x, s=own: flash_attn_func(*x, alibi_slopes=s),
-            *(q[None, rows], k[None, keys], v[None, keys]),
-        )
-        np.testing.assert_allclose(out[rows], one[0], rtol=1e-9, atol=1e-12)
-        for a, b, part in zip(gradients, pull(dout[None, rows]), (rows, keys, keys)):
-            np.testing.assert_allclose(a[part], b[0], rtol=1e-9, atol=1e-12)
+        out, _, *gradients = dense(q[rows], k[keys], v[keys], dout[rows], alibi_slopes=own)
+        for a, b, part in zip(found, (out, *gradients), (rows, rows, keys, keys)):
+            np.testing.assert_allclose(a[part], b, rtol=1e-9, atol=1e-12)
 
 
 def test_signs_of_probabilities_are_what_the_call_drops():

@@ -158,6 +158,7 @@ def test_bias():
     page = explained(bias=bias)
     assert page.forward.kernel is None
     assert page.backward.kernel is None
+    assert page.tangent.kernel is None
     assert "no bias" in str(page)
     with_bias, without = (explained(platform="cpu", bias=x) for x in (bias, None))
     assert with_bias.forward.bytes - without.forward.bytes == 4 * 4 * 256 * 256
@@ -214,13 +215,23 @@ def _visible(b, sq, sk, causal, given) -> np.ndarray:
     """Who sees whom, from attention over unit vectors."""
     q, k = jnp.zeros((b, sq, 1, 1)), jnp.zeros((b, sk, 1, 1))
     eye = jnp.broadcast_to(jnp.eye(sk)[None, :, None], (b, sk, 1, sk))
-    columns = [
-        flash_attention(
-            q, k, eye[..., n : n + 256], causal=causal, implementation="reference", **given
-        )
-        for n in range(0, sk, 256)
-    ]
+    attend = jax.jit(
+        lambda v: flash_attention(q, k, v, causal=causal, implementation="reference", **given)
+    )
+    columns = [attend(eye[..., n : n + 150]) for n in range(0, sk, 150)]
     return np.concatenate(columns, -1)[:, :, 0] > 0
+
+
+def test_tangents():
+    """differentiation="forward" has a plain kernel on every GPU, and the CPU's own."""
+    page = explained()
+    assert page.tangent.kernel == "cuda plain tangent, bfloat16"
+    assert "no tensor-core kernel" in str(page).rpartition(" tangent ")[2]
+    assert page.tangent.flops == page.visible_pairs * 2 * (3 * 128 + 2 * 128)
+    text = source("cuda/dispatch.cc")
+    assert re.search(r"std::string tangent\([^)]*\) { return plain::tangent\(", text)
+    page = explained(platform="cpu")
+    assert page.tangent.kernel == page.forward.kernel
 
 
 def test_limits_that_are_not_known():
@@ -240,6 +251,7 @@ def test_bytes():
     page = explained()
     assert page.forward.bytes == 6 * unit + lse
     assert page.backward.bytes == 2 * 4 * unit + 2 * unit + 2 * lse
+    assert page.tangent.bytes == 2 * 4 * unit + 2 * 2 * unit + 3 * lse
     limits = 2 * 256 * 8
     page = explained(mask=IntervalMask.causal(256))
     assert page.forward.bytes == 6 * unit + lse + limits
