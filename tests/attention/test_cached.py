@@ -23,8 +23,8 @@ def _has_kernel(case: Case) -> bool:
 
 
 GRID = [
-    *(grids.HEADS + grids.HEAD_DIMS[::2] + grids.VALUE_DIMS + grids.SHAPES[::3]),
-    *(grids.WINDOWS[::4] + grids.SCALES[::2] + grids.STRUCTURED + grids.LENGTHS[::2]),
+    *(grids.HEADS[::2] + grids.HEAD_DIMS[::3] + grids.VALUE_DIMS[::2] + grids.SHAPES[::4]),
+    *(grids.WINDOWS[::6] + grids.SCALES[::2] + grids.STRUCTURED[::2] + grids.LENGTHS[::3]),
     *(grids.SEGMENTS[::5] + grids.INTERVALS[::2]),
     *(c for c in grids.FEATURES[::3] if _has_kernel(c)),
 ]
@@ -52,8 +52,7 @@ def test_grid(case):
 
 @cases(*(c.replace(dtype=t, dlse=True) for c, t in zip(FEW_ROWS, itertools.cycle(DTYPES))))
 def test_few_rows(case):
-    for paged in (False, True):
-        check_results(p := make_problem(case), execute(p, paged))
+    check_results(p := make_problem(case), execute(p, paged=case.sk % 2 == 0))
 
 
 @cases(

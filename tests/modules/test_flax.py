@@ -62,9 +62,13 @@ def close(a, b, tolerance=2e-4):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kv_heads"), [*((name, None) for name in MASKS), ("documents", 2), ("scattered", 2)]
+    ("name", "kv_heads", "is_causal"),
+    [
+        *((name, None, False) for name in MASKS),
+        *((name, None, True) for name in ("none", "padding", "documents")),
+        *(("documents", 2, True), ("scattered", 2, False)),
+    ],
 )
 def test_nnx_value_and_gradients(inputs, name, kv_heads, is_causal):
     mask = MASKS[name]()

@@ -87,8 +87,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("sq", "sk"), SIZES[:2])
+@pytest.mark.parametrize(("is_causal", "sq", "sk"), [(False, *SIZES[0]), (True, *SIZES[1])])
 def test_boolean_masks(kind, is_causal, sq, sk):
     mask = MASKS[kind](sq, sk)
     compare(sq, sk, mask=mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape), is_causal=is_causal)

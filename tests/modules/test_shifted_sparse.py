@@ -54,9 +54,13 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize(("hq", "hk"), [(4, 4), (4, 2), (4, 1), (6, 3)])
-@pytest.mark.parametrize("group", [16, 10, 64])
+HEADS, GROUPS = ((4, 4), (4, 2), (4, 1), (6, 3)), (16, 10, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hq", "hk", "group"),
+    [(k, *h, GROUPS[(i + j) % 3]) for i, k in enumerate(ROWS) for j, h in enumerate(HEADS)],
+)
 def test_definition(kind, hq, hk, group):
     """Values and gradients in float64 against both halves' masks; padding holds NaN."""
     lengths, form = ROWS[kind]

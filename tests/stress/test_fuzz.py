@@ -118,10 +118,10 @@ def random_case(program: Case, number: int) -> Case:
 
 
 def pytest_generate_tests(metafunc):
-    """A test for each program: 5 cases of each, or 50 of a large number."""
+    """A test for each program: 8 cases of each, or 50 of a large number."""
     count, first = (metafunc.config.getoption(n) for n in ("fuzz", "fuzz_seed"))
     if "program" in metafunc.fixturenames:
-        each = min(50, max(5, count // 400))
+        each = min(50, max(8, count // 400))
         sizes = [min(each, count - n) for n in range(0, count, each)]
         programs = [(random_program(first + n), size) for n, size in enumerate(sizes)]
         metafunc.parametrize(("program", "cases"), programs, ids=repr)

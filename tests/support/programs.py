@@ -48,7 +48,7 @@ def isa(out: str, argument: str) -> None:
             error = str(problem)
     else:
         sample = (
-            *(grids.HEAD_DIMS[::5] + grids.VALUE_DIMS[:2] + grids.SHAPES[9::12]),
+            *(grids.HEAD_DIMS[::6] + grids.VALUE_DIMS[:1] + grids.SHAPES[9::16]),
             *(grids.SCALES[4:5] + grids.SEGMENTS[1:2] + grids.INTERVALS[5:6]),
             *(grids.FEATURES[-4:-2] + grids.BIASES[:1] + grids.BIASES[11:12]),
         )

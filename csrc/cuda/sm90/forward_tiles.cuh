@@ -25,7 +25,8 @@ struct ForwardShape {
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
+  static constexpr bool kRoundsEarly =
+      kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
 };
 
@@ -174,8 +175,8 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
                                       info.at.b);
     query.next();
   };
-  // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most of
-  // the traffic is queries, and waits for memory.
+  // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most
+  // of the traffic is queries, and waits for memory.
   const auto next_is_known = [&] {
     const bool known = ptx::barrier_test(&smem.info_full[query.index()], query.parity());
     if (known) load_queries();
