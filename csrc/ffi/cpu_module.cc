@@ -75,7 +75,8 @@ ffi::Error no_kernels() {
 // bias gradient of 134 MB that took as long as a fifth of the pass. Huge pages take a fraction.
 void ask_for_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
+  constexpr uintptr_t kPage = 2 << 20, kLarge = 32 << 20;
+  if (bytes < kLarge) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kPage - 1) / kPage * kPage,
                   end = (address + bytes) / kPage * kPage;
