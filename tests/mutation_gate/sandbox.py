@@ -17,8 +17,15 @@ import sysconfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-KERNELS = ("cpu/forward.cc", "cpu/backward.cc", "cpu/tangent.cc")
-BINDINGS = ("ffi/cpu_module.cc", "ffi/decode.cc", "cpu/dispatch.cc")
+
+
+def _sources(command: str) -> tuple[str, ...]:
+    """What cmake/cpu.cmake compiles by this command, below csrc."""
+    text = (ROOT / "cmake/cpu.cmake").read_text()
+    return tuple(re.findall(r"csrc/(\S+\.cc)", re.search(rf"{command}\([^)]*\)", text)[0]))
+
+
+KERNELS, BINDINGS = _sources("add_library"), _sources("pybind11_add_module")
 WITHOUT_KERNELS = (
     "tests/unit/test_semantics.py",
     "tests/unit/test_mask.py",
@@ -79,9 +86,10 @@ class Sandbox:
     def _write_stubs(self) -> None:
         names = [isa for isa in ISAS if isa != self.isa]
         lines = [
-            f"namespace {isa} {{ void {f}(const {p}Params&, Executor&) {{ __builtin_trap(); }} }}"
+            f"namespace {isa} {{ void {f}(const {f.title()}Params&, Executor&) "
+            "{ __builtin_trap(); } }"
             for isa in names
-            for f, p in (("forward", "Forward"), ("backward", "Backward"), ("tangent", "Tangent"))
+            for f in ("forward", "backward", "tangent", "cached")
         ]
         body = "\n".join(["namespace jax_flashattn::cpu {", *lines, "}"])
         (self.folder / "csrc/stubs.cc").write_text(f'#include "cpu/attention.h"\n{body}\n')
@@ -132,7 +140,8 @@ class Sandbox:
             for tests in stages:
                 if not built and not all(t.startswith(WITHOUT_KERNELS) for t in tests):
                     built = True  # both: what the last mutation left may be either's
-                    if errors := self._compile(KERNELS):
+                    below = (*KERNELS, *(x for x in BINDINGS if x.startswith("cpu/")))
+                    if errors := self._compile(below):
                         raise SystemExit(f"{file}: {new!r} does not compile:\n{errors[:2000]}")
                 verdict = self.run(tests)
                 if verdict.test:
