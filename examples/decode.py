@@ -1,7 +1,7 @@
 """Generate with the language model of train_lm.py, from a paged cache that requests share.
 
     python examples/decode.py               # trains the model first if --base is empty
-    python examples/decode.py --tokens 200
+    python examples/decode.py --base runs/train_lm_tiny_kernel  # a run of train_lm.py
 
 All prompts begin with the same text. Its keys and values are computed once and lie in pages that
 every request's block table names; behind them each request has pages of its own. A batch of
@@ -14,6 +14,7 @@ largest difference, and one above TOLERANCE is an error.
 
 import argparse
 import functools
+import json
 import math
 import pathlib
 import time
@@ -207,13 +208,16 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", help="preset of train_lm.py")
     parser.add_argument("--context", type=int, default=512, help="bytes of a row in training")
     parser.add_argument("--base_steps", type=int, default=600, help="train steps of the model")
-    parser.add_argument("--base", default="runs/long_lora/base", help="where its checkpoints are")
+    parser.add_argument("--base", default="runs/long_lora/base", help="a run of train_lm.py")
     parser.add_argument("--tokens", type=int, default=160, help="bytes to generate per prompt")
     flags = parser.parse_args()
     logging.set_verbosity(logging.WARNING)  # orbax tells every move at INFO
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = make_config(flags.size, steps=flags.base_steps, seq_len=flags.context, dtype=dtype)
-    params = base_model(config, read_corpus()[0], pathlib.Path(flags.base))
+    base = pathlib.Path(flags.base)
+    if (base / "summary.json").exists():  # a run of train_lm.py says what its model is
+        config = Config(**json.loads((base / "summary.json").read_text())["config"])
+    params = base_model(config, read_corpus()[0], base)
     found = run(config, params, PREFIX, list(PROMPTS), flags.tokens)
     for text in found["texts"]:
         print("-" * 80 + "\n" + text[len(PREFIX) :].decode(errors="replace"))
