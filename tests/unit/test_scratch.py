@@ -2,26 +2,19 @@
 
 import ctypes
 import itertools
-import pathlib
-import shutil
-import subprocess
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from support.compiled import ROOT, compile_cxx
 
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler: the backward's scratch is NOT watched on this machine")
-    library = tmp_path_factory.mktemp("probe") / "scratch_probe.so"
-    sources = [ROOT / "tests/support/scratch_probe.cc", ROOT / "csrc/cpu/backward.cc"]
-    command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DFLASH_ISA=baseline"]
-    command += ["-I", ROOT / "csrc", *sources, "-o", library]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    library = compile_cxx(
+        tmp_path_factory.mktemp("probe") / "scratch_probe.so",
+        [ROOT / "tests/support/scratch_probe.cc", ROOT / "csrc/cpu/backward.cc"],
+        *("-O1", "-w", "-fPIC", "-shared", "-DFLASH_ISA=baseline"),
+        untested="the backward's scratch is NOT watched",
+    )
     return ctypes.CDLL(str(library))
 
 

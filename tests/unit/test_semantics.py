@@ -2,33 +2,27 @@
 
 import ctypes
 import itertools
-import pathlib
-import shutil
-import subprocess
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.compiled import ROOT, compile_cxx
 from test_mask import BOUNDS, SIZES, brute
 
 from jax_flashattn import _dropout, _mask
 
-ROOT = pathlib.Path(__file__).parents[2]
 SKIP, PARTIAL, FULL = range(3)
 
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler: csrc/semantics is NOT tested on this machine")
-    library = tmp_path_factory.mktemp("probe") / "mask_probe.so"
-    source = ROOT / "tests/support/mask_probe.cc"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unused-function"]
-    command += ["-fPIC", "-shared", "-I", ROOT / "csrc", source, "-o", library]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    library = compile_cxx(
+        tmp_path_factory.mktemp("probe") / "mask_probe.so",
+        [ROOT / "tests/support/mask_probe.cc"],
+        *("-O1", "-Wall", "-Werror", "-Wno-unused-function", "-fPIC", "-shared"),
+        untested="csrc/semantics is NOT tested",
+    )
     return ctypes.CDLL(str(library))
 
 

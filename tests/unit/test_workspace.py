@@ -1,17 +1,15 @@
 """The CUDA backward's scratch: _lowering.py allocates what backward_workspace.h cuts up."""
 
 import itertools
-import pathlib
-import shutil
 import subprocess
 
 import jax
 import jax.numpy as jnp
 import pytest
+from support.compiled import compile_cxx
 
 from jax_flashattn import _dispatch, _lowering
 
-CSRC = pathlib.Path(__file__).parents[2] / "csrc"
 # Lines of b, g, r, sq, sk, d, dv on the input; workspace_floats and the end of the last array.
 PROGRAM = """
 #include <cstdio>
@@ -35,17 +33,10 @@ int main() {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler: the two formulas of the workspace are NOT compared here")
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "program.cc").write_text(PROGRAM)
-    command = [compiler, "-std=c++17", "-w", "-I", CSRC, folder / "program.cc"]
-    done = subprocess.run(
-        [*command, "-o", folder / "program"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "program"
+    source = tmp_path_factory.mktemp("workspace") / "program.cc"
+    source.write_text(PROGRAM)
+    untested = "the two formulas of the workspace are NOT compared"
+    return compile_cxx(source.with_suffix(""), [source], "-w", untested=untested)
 
 
 def test_python_allocates_what_the_kernels_use(program):

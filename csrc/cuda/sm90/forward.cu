@@ -35,7 +35,8 @@ int section(const ForwardParams& p) {
     heads = n.b * n.g * n.r;
   else if (m.left != kUnbounded || m.right != kUnbounded || m.lengths)
     heads *= clamp<int64_t>(kL2Bytes / (n.sk * (n.d + n.dv) * 2), kLeast, kMost);
-  return static_cast<int>(heads);
+  const int64_t all = n.b * n.g * n.r;
+  return static_cast<int>(heads < all ? heads : all);  // times row tiles it stays 32-bit
 }
 
 template <class S>

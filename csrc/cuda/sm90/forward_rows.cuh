@@ -1,0 +1,295 @@
+// What the forward computes for the rows of one warpgroup: scores, masks, features, the online
+// softmax, and the way out of a tile's output.
+#pragma once
+
+#include "cuda/ptx/wgmma.h"
+#include "cuda/sm90/forward_tiles.cuh"
+
+namespace jax_flashattn::cuda::sm90 {
+
+// The state of one consumer warpgroup's rows. Thread t holds rows t / 4 % 8 + 16 * warp (+ 8).
+template <class S>
+struct Rows {
+  float out[S::kD / 2];
+  float score[S::kKeys / 2];
+  float largest[2], sum[2];
+  int lo[2], hi[2];
+  bool moved;  // the reference of some row of the warp, so that O must be rescaled
+  // Where shaped: the aligned key coordinates; where there is dropout: the head's random stream.
+  int position[2];
+  float slope;
+  KeyCoordinates keys;
+  uint4 stream;
+};
+
+// S = Q K^T, issued but not waited for.
+template <class S>
+__device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], ptx::Operand query,
+                                             ptx::Operand key) {
+#pragma unroll
+  for (int k = 0; k < S::kD / 16; ++k) {
+    const int chunk = k / 4, inside = k % 4 * 32;
+    ptx::WgmmaShared<typename S::T, S::kKeys, 0, 0>::issue(
+        score, ptx::advanced(query, chunk * S::kRows * 128 + inside),
+        ptx::advanced(key, chunk * S::kKeys * 128 + inside), k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Exponentials of a block in the element type, the A operand of O += P V.
+template <class S>
+using Probabilities = uint32_t[S::kKeys / 16][4];
+
+// O += P V, issued but not waited for.
+template <class S>
+__device__ __forceinline__ void issue_output(float (&out)[S::kD / 2], const Probabilities<S>& from,
+                                             ptx::Operand value) {
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k)
+    ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(out, from[k],
+                                                       ptx::advanced(value, k * 16 * 128), 1);
+  ptx::wgmma_commit();
+}
+
+// Keys the row does not see get -inf; `key` is the first of the block.
+template <class S>
+__device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int lo = rows.lo[h] - key - column, hi = rows.hi[h] - key - column;
+#pragma unroll
+    for (int j = 0; j < S::kKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = 8 * j + e;
+        if (c < lo || c >= hi) rows.score[4 * j + 2 * h + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// S8, S9. `key` is the first of the block.
+template <class S>
+__device__ __forceinline__ void shape_rows(Rows<S>& rows, const ScoreShape& shape, int key) {
+  if (rows.slope == 0) return shape_scores(rows.score, shape);
+  const bool capped = shape.cap != 0;
+  if (capped) shape_scores(rows.score, shape);
+  // The sum of slope * distance runs on in slope * stride; a slope below 0 changes the sign of
+  // both.
+  const float sign = rows.slope < 0 ? 1.0f : -1.0f, factor = capped ? 1.0f : shape.factor;
+  const float step = rows.slope * static_cast<float>(static_cast<int>(rows.keys.stride));
+  const int first = rows.keys.at(key + threadIdx.x % 4 * 2);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float taken = rows.slope * static_cast<float>(rows.position[h] - first);
+#pragma unroll
+    for (int j = 0; j < S::kKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = rows.score[4 * j + 2 * h + e];
+        x = x * factor + sign * fabsf(taken - step * (8 * j + e));
+      }
+    }
+  }
+}
+
+// S12: drops probabilities; what stays is scaled with the output. Of a 16 x 16 square a thread
+// holds what one Philox call serves, if its two rows lie eight apart in one square; else it takes
+// two.
+template <class S>
+__device__ __forceinline__ void drop(Rows<S>& rows, uint32_t threshold, int key) {
+  const uint32_t i0 = rows.position[0], i1 = rows.position[1];
+  const bool paired = __all_sync(0xffffffffu, i0 % 16 < 8 && i1 == i0 + 8);
+  const DropoutRow row0 = dropout_row(i0), row1 = dropout_row(i1);
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+    const uint32_t column = dropout_column(key + threadIdx.x % 4 * 2).counter + 4 * k;
+    uint32_t bits[2][2];  // [row][eight columns]
+    const RandomWords x = random_words(rows.stream, row0.counter, column);
+    bits[0][0] = row0.word ? x.x[2] : x.x[0];
+    bits[0][1] = row0.word ? x.x[3] : x.x[1];
+    bits[1][0] = x.x[2];
+    bits[1][1] = x.x[3];
+    if (!paired) {
+      const RandomWords y = random_words(rows.stream, row1.counter, column);
+      bits[1][0] = row1.word ? y.x[2] : y.x[0];
+      bits[1][1] = row1.word ? y.x[3] : y.x[1];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* p = rows.score + 8 * k + 4 * half + 2 * h;
+        if ((bits[h][half] & 0xffff) >= threshold) p[0] = 0;
+        if ((bits[h][half] >> 16) >= threshold) p[1] = 0;
+      }
+    }
+  }
+}
+
+// Online softmax: scores become exponentials; returns the factors for earlier sums and outputs.
+// Both rows go through each stage together, so that one's latency hides behind the other's work.
+template <class S>
+__device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&correction)[2]) {
+  constexpr int kChains = 4;  // of comparisons a row, for their latency
+  float largest[2], chain[2][kChains], reference[2], sum[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 4; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float x = rows.score[4 * (i / 2) + 2 * h + i % 2];
+      chain[h][i % kChains] = i < kChains ? x : fmaxf(chain[h][i % kChains], x);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    largest[h] = fmaxf(rows.largest[h],
+                       fmaxf(fmaxf(chain[h][0], chain[h][1]), fmaxf(chain[h][2], chain[h][3])));
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xffffffffu, largest[h], lanes));
+  }
+  bool moved = false;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    // A maximum that has grown by little stays the reference: exponentials up to 2^8 do no harm,
+    // and O need not be rescaled.
+    const bool stays = (largest[h] - rows.largest[h]) * scale <= 8.0f;
+    moved |= !stays;
+    largest[h] = stays ? rows.largest[h] : largest[h];
+    reference[h] = largest[h] == -INFINITY ? 0.0f : largest[h] * scale;
+    correction[h] = stays ? 1.0f : ptx::exp2_approx(rows.largest[h] * scale - reference[h]);
+    rows.largest[h] = largest[h];
+  }
+  rows.moved = __any_sync(0xffffffffu, moved);
+#pragma unroll
+  for (int j = 0; j < S::kKeys / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = rows.score[4 * j + i];
+      x = ptx::exp2_approx(x * scale - reference[i / 2]);
+      sum[i / 2] += x;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * correction[h] + sum[h];
+}
+
+template <class S>
+__device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabilities<S>& to) {
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      to[k][i] =
+          ptx::pack(rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], typename S::T());
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void scale_output(Rows<S>& rows, const float (&factor)[2]) {
+#pragma unroll
+  for (int j = 0; j < S::kD / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.out[4 * j + i] *= factor[i / 2];
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void apply_sign(Rows<S>& rows, float sign) {
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i) rows.score[i] *= sign;
+}
+
+// S13: keys behind the tile's last visible one are real memory; a NaN there would meet P = 0.
+// Each warpgroup zeroes them for itself: all write the same zeros.
+template <class S>
+__device__ __forceinline__ void zero_values(typename S::T* value, int from) {
+  const int thread = ptx::thread_index() % 128;  // read here, so that nothing is computed before
+#pragma unroll 1
+  for (int row = from + thread / 8; row < S::kKeys; row += 16) {
+#pragma unroll 1
+    for (int c = 0; c < S::kChunks; ++c) {
+      auto* units = reinterpret_cast<uint4*>(value + (c * S::kKeys + row) * kChunk);
+      units[thread % 8] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  ptx::proxy_fence();
+}
+
+// Writes the lse of the rows; returns the factors that turn O into the output, kNothing for rows
+// that see no key (S11).
+constexpr float kNothing = -1.0f;
+template <class S>
+__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S>& rows,
+                                            const TilePlace& at, int group, float scale_ln,
+                                            float (&factor)[2]) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int64_t head = head_index(p.n, at);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float sum = rows.sum[h];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const bool nothing = rows.lo[h] >= rows.hi[h];
+    float largest = rows.largest[h] * scale_ln;
+    factor[h] = 1.0f;
+    if (p.features.sinks) {  // S15: joins the denominator
+      const float sink = static_cast<const float*>(p.features.sinks)[head];
+      const float joint = fmaxf(largest, sink);
+      factor[h] = __expf(largest - joint);
+      sum = sum * factor[h] + __expf(sink - joint);
+      largest = joint;
+    }
+    factor[h] = __fdividef(factor[h], sum);
+    if constexpr (S::kDropout) factor[h] *= static_cast<float>(kept_scale(p.features));
+    if (nothing) factor[h] = kNothing;
+    const int row = at.row + 64 * group + 16 * warp + lane / 4 + 8 * h;
+    if (lane % 4 == 0 && row < p.n.sq)
+      static_cast<float*>(p.lse)[head * p.n.sq + row] =
+          nothing ? -INFINITY : largest + __logf(sum);  // S10
+  }
+}
+
+// O of the tile at `at` through shared memory, rows of this warpgroup that nobody else reads or
+// writes, to memory. The copy engine reads `staging` until tma_wait_read.
+template <class S>
+__device__ __forceinline__ void write_output(const ForwardMaps& maps, Rows<S>& rows,
+                                             const float (&factor)[2], int64_t dv,
+                                             const TilePlace& at, int group,
+                                             typename S::T* staging) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  scale_output<S>(rows, factor);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (factor[h] < 0) {  // not NaN * kNothing
+#pragma unroll
+      for (int j = 0; j < S::kD / 8; ++j) rows.out[4 * j + 2 * h] = rows.out[4 * j + 2 * h + 1] = 0;
+    }
+  }
+  const int row = 16 * warp + lane % 16;
+#pragma unroll
+  for (int k = 0; k < S::kD / 16; ++k) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[i] = ptx::pack(rows.out[8 * k + 2 * i], rows.out[8 * k + 2 * i + 1], typename S::T());
+    const int chunk = k / 4, unit = (k % 4 * 2 + lane / 16) ^ (row % 8);
+    ptx::store_matrices(staging + (chunk * S::kRows + 64 * group + row) * kChunk + unit * 8,
+                        packed);
+  }
+  ptx::proxy_fence();
+  ptx::named_sync(1 + group, 128);
+  if (thread == 0) {
+    for (int c = 0; c < S::kChunks; ++c)
+      if (c * kChunk < dv)
+        ptx::tma_store(&maps.out, staging + (c * S::kRows + 64 * group) * kChunk, c * kChunk,
+                       at.head, at.row + 64 * group, at.b);
+    ptx::tma_commit();
+  }
+}
+
+}  // namespace jax_flashattn::cuda::sm90
