@@ -82,11 +82,11 @@ cuda_object(append csrc/cuda/append.cu SPILLS 0
 # and run ahead of the rest; in the instances with dropout the words of random numbers to come; of
 # head dim 256, addresses that are read once a block.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
-set(SPILLS_64 256)
-set(SPILLS_96 144)
+set(SPILLS_64 288)
+set(SPILLS_96 192)
 set(SPILLS_128 480)
-set(SPILLS_192 432)
-set(SPILLS_256 736)
+set(SPILLS_192 512)
+set(SPILLS_256 880)
 foreach(d 64 96 128 192 256)
   foreach(pass forward backward)
     cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${SPILLS_${d}}

@@ -69,34 +69,23 @@ __global__ void __launch_bounds__(128)
   const int row_piece = kRows == 64 ? 0 : piece, column_piece = kRows == 64 ? piece : 0;
   const float scale = static_cast<float>(p.scale);
   const auto* from = reinterpret_cast<const float4*>(w.dq) + int64_t(blockIdx.x) * 8 * 128 + thread;
-  uint32_t x[2][8];  // [row or row + 8][8-column group]: two columns each
+  uint32_t x[2][2][4];  // [row or row + 8][four groups of eight columns]: two columns each
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float4 v = from[j * 128];
-    x[0][j] = ptx::pack(v.x * scale, v.y * scale, T());
-    x[1][j] = ptx::pack(v.z * scale, v.w * scale, T());
+    x[0][j / 4][j % 4] = ptx::pack(v.x * scale, v.y * scale, T());
+    x[1][j / 4][j % 4] = ptx::pack(v.z * scale, v.w * scale, T());
   }
   const int quarter = lane % 4, row = tile * kRows + row_piece * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int j0 = 0; j0 < 8; j0 += 4) {
-      uint32_t mine[4];  // group j0 + quarter, from the four lanes
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        // Lane q sends group q ^ step to lane q ^ step, and receives its own from there.
-        const int other = quarter ^ step;
-        const uint32_t low = other & 1 ? x[half][j0 + 1] : x[half][j0];
-        const uint32_t high = other & 1 ? x[half][j0 + 3] : x[half][j0 + 2];
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, other & 2 ? high : low, step);
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          if (q == other) mine[q] = got;
-      }
-      const int column = column_piece * 64 + (j0 + quarter) * 8, i = row + 8 * half;
+    for (int j = 0; j < 2; ++j) {
+      const uint4 group = whole_group(x[half][j]);
+      const int column = column_piece * 64 + (4 * j + quarter) * 8, i = row + 8 * half;
       if (i < p.n.sq && column < p.n.d)
         *reinterpret_cast<uint4*>(static_cast<T*>(p.dq) + ((b * p.n.sq + i) * heads + h) * p.n.d +
-                                  column) = make_uint4(mine[0], mine[1], mine[2], mine[3]);
+                                  column) = group;
     }
   }
 }

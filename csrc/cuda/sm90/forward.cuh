@@ -7,8 +7,9 @@
 // its neighbours.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by consumers):
-//   query_full/query_empty   Q tile and its TileInfo; emptied when the tile's output has left
-//   info_full                TileInfo and row limits, by the scout
+//   info_full/info_empty     TileInfo and row limits, by the scout; emptied when the tile is done
+//   query_full/query_empty   Q tile; emptied when the tile's output has left through it, or
+//                            (!kStaged) when its last scores are there
 //   key_full/key_empty, value_full/value_empty   K and V blocks, each in its own ring
 // Every consumer warp waits for and releases every block in order, also those it skips: a parity
 // wait cannot tell use u from u + 2, so no warp may fall two uses behind.
@@ -32,6 +33,7 @@ __device__ void write_nothing(const ForwardParams& p, const TilePlace& at, int g
 
 // What a warpgroup keeps of the tile it works on; the rest stays in TileInfo.
 struct Tile {
+  int group;               // 64 of its rows are this warpgroup's
   int first_key;           // blocks start at first_key + n * kKeys
   int begin, end;          // those that this warpgroup's rows see
   int full_from, full_to;  // every row sees every key of blocks that start here
@@ -40,22 +42,33 @@ struct Tile {
 
 template <class S>
 __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreScale scale,
-                        ForwardSmem<S>& smem, int group) {
+                        ForwardSmem<S>& smem, int warpgroup) {
   const int thread = threadIdx.x % 128;
   const bool leader = thread == 0;
   const float scale_ln = scale.exponent * 0.6931471805599453f;
+  Ring<kTiles> place;
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
   Rows<S> rows;
   Tile tile;
-  int owed = -1;  // query buffer whose output store has not been waited for
+  // Each warpgroup takes another group of rows of each tile: under a causal mask the last see most.
+  tile.group = warpgroup;
+  [[maybe_unused]] int owed = -1;  // query buffer whose output store has not been waited for
 
   const auto release_query = [&] {
-    if (leader && owed >= 0) {
-      ptx::tma_wait_read();
-      ptx::barrier_arrive(&smem.query_empty[owed]);
+    if constexpr (S::kStaged) {
+      if (leader && owed >= 0) {
+        ptx::tma_wait_read();
+        ptx::barrier_arrive(&smem.query_empty[owed]);
+      }
+      owed = -1;
+    } else {
+      if (thread % 32 == 0) ptx::barrier_arrive(&smem.query_empty[query.index()]);
     }
-    owed = -1;
+  };
+  const auto release_info = [&](int i) {
+    __syncwarp();
+    if (thread % 32 == 0) ptx::barrier_arrive(&smem.info_empty[i]);
   };
   const auto release_key = [&] {
     if (thread % 32 == 0) ptx::barrier_arrive(&smem.key_empty[key.index()]);
@@ -74,13 +87,18 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     }
   };
 
-  // The tile in the next query buffer; false when there are no more.
+  const auto next_tile = [&] {
+    place.next();
+    query.next();
+  };
+  // The tile at `place`; false when there are no more.
   const auto take_tile = [&] {
-    const int i = query.index();
-    ptx::barrier_wait(&smem.info_full[i], query.parity());
+    const int i = place.index();
+    ptx::barrier_wait(&smem.info_full[i], place.parity());
     const TileInfo& info = smem.info[i];
     if (info.blocks == kNoMoreTiles) return false;
-    ptx::barrier_wait(&smem.query_full[i], query.parity());
+    const int group = tile.group = tile.group + 1 == S::kGroups ? 0 : tile.group + 1;
+    ptx::barrier_wait(&smem.query_full[query.index()], query.parity());
     tile.first_key = info.first_key;
     tile.full_from = info.max_lo[group];
     tile.full_to = info.min_hi[group] - S::kKeys;
@@ -96,7 +114,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       rows.hi[h] = smem.hi[i][row];
       rows.largest[h] = -INFINITY;
       rows.sum[h] = 0;
-      if constexpr (S::kShaped) rows.position[h] = smem.position[i][row];
+      if constexpr (S::kShaped) {
+        const int i = info.at.row + row;
+        rows.position[h] =
+            i < p.n.sq ? aligned_position(p.features, p.mask, p.n, info.at.b, i) : row;
+      }
     }
     const int64_t head = head_index(p.n, info.at);
     if constexpr (S::kShaped) {
@@ -109,16 +131,18 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   // From a tile that was taken or not (`more`) to one of which these rows see something.
   const auto find_tile = [&](bool more) {
     while (more && tile.begin >= tile.end) {
-      const TileInfo& info = smem.info[query.index()];
+      const TileInfo& info = smem.info[place.index()];
       float factor[2];
-      finish_rows<S>(p, rows, info.at, group, scale_ln, factor);
-      write_nothing<S>(p, info.at, group);
+      finish_rows<S>(p, rows, info.at, tile.group, scale_ln, factor);
+      write_nothing<S>(p, info.at, tile.group);
       skip(info.blocks);
       release_query();
-      ptx::named_sync(1 + group, 128);  // all have read the tile's limits
-      owed = query.index();
-      release_query();
-      query.next();
+      if constexpr (S::kStaged) {
+        owed = query.index();
+        release_query();
+      }
+      release_info(place.index());
+      next_tile();
       more = take_tile();
     }
     return more;
@@ -135,7 +159,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     ptx::Operand query, key;
   };
   const auto score_operands = [&]() -> ScoreOperands {
-    return {ptx::operand(smem.query[query.index()] + 64 * group * kChunk),
+    return {ptx::operand(smem.query[query.index()] + 64 * tile.group * kChunk),
             ptx::operand(smem.key[key.index()])};
   };
   const auto scores = [&](const ScoreOperands& operands) {
@@ -169,7 +193,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     const int first = tile.first_key + block * S::kKeys;
     if (__any_sync(0xffffffffu, first + S::kKeys > tile.end_key)) {
       zero_values<S>(smem.value[value.index()], tile.end_key - first);
-      ptx::named_sync(1 + group, 128);
+      ptx::named_sync(1 + warpgroup, 128);
     }
     ptx::pin(rows.out);
     ptx::pin(probability);
@@ -187,22 +211,29 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   float correction[2];
   const auto exponentials = [&](int block) {
     const int first = tile.first_key + block * S::kKeys;
-    if constexpr (S::kShaped) shape_rows<S>(rows, scale.shape, first);
+    if (!S::kStaged && block == tile.end - 1) release_query();
+    if constexpr (S::kShaped) {
+      if (scale.shaped) shape_rows<S>(rows, scale.shape, first);
+    }
     if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
     if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
       apply_mask<S>(rows, first);
     softmax<S>(rows, scale.exponent, correction);
-    if constexpr (S::kDropout) drop<S>(rows, p.features.keep_threshold, first);
+    if constexpr (S::kDropout) drop<S>(rows);
     if constexpr (S::kRoundsEarly) {
       round_probabilities<S>(rows, rounded);
       ptx::pin(rounded);
     }
   };
+  const auto random_bits = [&](int block) {
+    if constexpr (S::kDropout)
+      decide<S>(rows, p.features.keep_threshold, tile.first_key + block * S::kKeys);
+  };
   // From the scores of a tile's first block to the issue of its last product.
   const auto work = [&] {
     ask_key();
     exponentials(tile.begin);
-    release_query();
+    if constexpr (S::kStaged) release_query();
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     for (int n = tile.begin + 1; n < tile.end; ++n) {
@@ -213,6 +244,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       scores(operands);
       if (rows.moved) scale_output<S>(rows, correction);
       outputs(n - 1);
+      random_bits(n);
       ptx::wgmma_wait<1>();
       scores_done();
       ask_key();
@@ -226,10 +258,15 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
 
   float factor[2];
-  const auto write = [&](int buffer) {
-    write_output<S>(maps, rows, factor, p.n.dv, smem.info[buffer].at, group, smem.query[buffer]);
-    owed = buffer;
-    if constexpr (S::kQueries == 1) release_query();  // the next tile cannot load before
+  const auto write = [&](int i, int group) {
+    normalise_output<S>(rows, factor);
+    if constexpr (S::kStaged) {
+      stage_output<S>(maps, rows, p.n.dv, smem.info[i].at, group, smem.query[i], 1 + warpgroup);
+      owed = i;
+    } else {
+      store_output<S>(p, rows, smem.info[i].at, group);
+    }
+    release_info(i);
   };
 
   bool more = find_tile(take_tile());
@@ -237,18 +274,20 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     skip(tile.begin);
     key_here = false;
     scores(score_operands());
-    int buffer;  // of the tile whose output is to be written
-    bool taken;  // the tile behind it
+    int done, group;  // of the tile whose output is to be written
+    bool taken;       // the tile behind it
     for (;;) {
+      random_bits(tile.begin);
       ptx::wgmma_wait<0>();
       scores_done();
       work();
-      buffer = query.index();
-      finish_rows<S>(p, rows, smem.info[buffer].at, group, scale_ln, factor);
-      const int unseen = smem.info[buffer].blocks - tile.end;
-      query.next();
+      done = place.index();
+      group = tile.group;
+      finish_rows<S>(p, rows, smem.info[done].at, group, scale_ln, factor);
+      const int unseen = smem.info[done].blocks - tile.end;
+      next_tile();
       // The loader comes to the next tile's queries with at most kStages values behind this one.
-      const bool early = S::kQueries > 1 && unseen < S::kStages;
+      const bool early = unseen < S::kStages;
       if (early) more = take_tile();
       outputs_done(true);
       skip(unseen);
@@ -258,14 +297,16 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       skip(tile.begin);
       key_here = false;
       scores(score_operands());
-      write(buffer);
+      write(done, group);
     }
-    write(buffer);
+    write(done, group);
     if (!taken) more = take_tile();
     more = find_tile(more);
   }
-  release_query();
-  if (leader) ptx::tma_wait();
+  if constexpr (S::kStaged) {
+    release_query();
+    if (leader) ptx::tma_wait();
+  }
 }
 
 template <class S>
@@ -277,8 +318,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kQueries; ++i) {
       ptx::barrier_init(&smem.query_full[i], 1);
+      ptx::barrier_init(&smem.query_empty[i], S::kStaged ? S::kGroups : 4 * S::kGroups);
+    }
+    for (int i = 0; i < kTiles; ++i) {
       ptx::barrier_init(&smem.info_full[i], 1);
-      ptx::barrier_init(&smem.query_empty[i], S::kGroups);
+      ptx::barrier_init(&smem.info_empty[i], 4 * S::kGroups + 1);
     }
     for (int i = 0; i < S::kStages; ++i) {
       ptx::barrier_init(&smem.key_full[i], 1);

@@ -20,6 +20,7 @@ struct Rows {
   float slope;
   KeyCoordinates keys;
   uint4 stream;
+  uint32_t keep[S::kKeepWords];  // which scores of the block stay
 };
 
 // S = Q K^T, issued but not waited for.
@@ -94,38 +95,58 @@ __device__ __forceinline__ void shape_rows(Rows<S>& rows, const ScoreShape& shap
   }
 }
 
-// S12: drops probabilities; what stays is scaled with the output. Of a 16 x 16 square a thread
-// holds what one Philox call serves, if its two rows lie eight apart in one square; else it takes
-// two.
+// S12: which scores of a block stay, a bit each; it needs no score, so it runs while a product
+// does. Of a 16 x 16 square a thread holds what one Philox call serves, if its two rows lie eight
+// apart in one square; else it takes two.
 template <class S>
-__device__ __forceinline__ void drop(Rows<S>& rows, uint32_t threshold, int key) {
+__device__ __forceinline__ void decide(Rows<S>& rows, uint32_t threshold, int key) {
+  const uint32_t limit = (threshold << 16) - 1;  // for words whose upper half counts
   const uint32_t i0 = rows.position[0], i1 = rows.position[1];
-  const bool paired = __all_sync(0xffffffffu, i0 % 16 < 8 && i1 == i0 + 8);
   const DropoutRow row0 = dropout_row(i0), row1 = dropout_row(i1);
+  const uint32_t column = dropout_column(key + threadIdx.x % 4 * 2).counter;
+  // bits[2 * half + row]: of two keys.
+  const auto kept = [&](const uint32_t(&bits)[4]) {
+    uint32_t byte = 0;
 #pragma unroll
-  for (int k = 0; k < S::kKeys / 16; ++k) {
-    const uint32_t column = dropout_column(key + threadIdx.x % 4 * 2).counter + 4 * k;
-    uint32_t bits[2][2];  // [row][eight columns]
-    const RandomWords x = random_words(rows.stream, row0.counter, column);
-    bits[0][0] = row0.word ? x.x[2] : x.x[0];
-    bits[0][1] = row0.word ? x.x[3] : x.x[1];
-    bits[1][0] = x.x[2];
-    bits[1][1] = x.x[3];
-    if (!paired) {
-      const RandomWords y = random_words(rows.stream, row1.counter, column);
-      bits[1][0] = row1.word ? y.x[2] : y.x[0];
-      bits[1][1] = row1.word ? y.x[3] : y.x[1];
+    for (int i = 0; i < 4; ++i) {
+      if (bits[i] << 16 <= limit) byte |= 1u << 2 * i;
+      if (bits[i] <= limit) byte |= 2u << 2 * i;
     }
+    return byte;
+  };
+  const bool paired = __all_sync(0xffffffffu, i0 % 16 < 8 && i1 == i0 + 8);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+  for (int w = 0; w < S::kKeepWords; ++w) {
+    const int squares = min(4, S::kKeys / 16 - 4 * w), at = column + 16 * w;
+    uint32_t word = 0;
+    if (paired) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* p = rows.score + 8 * k + 4 * half + 2 * h;
-        if ((bits[h][half] & 0xffff) >= threshold) p[0] = 0;
-        if ((bits[h][half] >> 16) >= threshold) p[1] = 0;
+      for (int k = 0; k < squares; ++k) {
+        const RandomWords x = random_words(rows.stream, row0.counter, at + 4 * k);
+        word |= kept({x.x[0], x.x[2], x.x[1], x.x[3]}) << 8 * k;
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < squares; ++k) {
+        const RandomWords x = random_words(rows.stream, row0.counter, at + 4 * k);
+        const RandomWords y = random_words(rows.stream, row1.counter, at + 4 * k);
+        word |= kept({row0.word ? x.x[2] : x.x[0], row1.word ? y.x[2] : y.x[0],
+                      row0.word ? x.x[3] : x.x[1], row1.word ? y.x[3] : y.x[1]})
+                << 8 * k;
       }
     }
+    rows.keep[w] = word;
   }
+#pragma unroll
+  for (uint32_t& word : rows.keep) asm volatile("" : "+r"(word));
+}
+
+// What stays is scaled with the output.
+template <class S>
+__device__ __forceinline__ void drop(Rows<S>& rows) {
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i)
+    if (!(rows.keep[i / 32] >> i % 32 & 1)) rows.score[i] = 0;
 }
 
 // Online softmax: scores become exponentials; returns the factors for earlier sums and outputs.
@@ -254,14 +275,8 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S
   }
 }
 
-// O of the tile at `at` through shared memory, rows of this warpgroup that nobody else reads or
-// writes, to memory. The copy engine reads `staging` until tma_wait_read.
 template <class S>
-__device__ __forceinline__ void write_output(const ForwardMaps& maps, Rows<S>& rows,
-                                             const float (&factor)[2], int64_t dv,
-                                             const TilePlace& at, int group,
-                                             typename S::T* staging) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+__device__ __forceinline__ void normalise_output(Rows<S>& rows, const float (&factor)[2]) {
   scale_output<S>(rows, factor);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -270,6 +285,16 @@ __device__ __forceinline__ void write_output(const ForwardMaps& maps, Rows<S>& r
       for (int j = 0; j < S::kD / 8; ++j) rows.out[4 * j + 2 * h] = rows.out[4 * j + 2 * h + 1] = 0;
     }
   }
+}
+
+// O of the tile at `at` through shared memory, rows of this warpgroup that nobody else reads or
+// writes, to memory. The copy engine reads `staging` until tma_wait_read. `barrier`: a named one of
+// this warpgroup.
+template <class S>
+__device__ __forceinline__ void stage_output(const ForwardMaps& maps, const Rows<S>& rows,
+                                             int64_t dv, const TilePlace& at, int group,
+                                             typename S::T* staging, int barrier) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int row = 16 * warp + lane % 16;
 #pragma unroll
   for (int k = 0; k < S::kD / 16; ++k) {
@@ -282,13 +307,38 @@ __device__ __forceinline__ void write_output(const ForwardMaps& maps, Rows<S>& r
                         packed);
   }
   ptx::proxy_fence();
-  ptx::named_sync(1 + group, 128);
+  ptx::named_sync(barrier, 128);
   if (thread == 0) {
     for (int c = 0; c < S::kChunks; ++c)
       if (c * kChunk < dv)
         ptx::tma_store(&maps.out, staging + (c * S::kRows + 64 * group) * kChunk, c * kChunk,
                        at.head, at.row + 64 * group, at.b);
     ptx::tma_commit();
+  }
+}
+
+// The same from registers.
+template <class S>
+__device__ __forceinline__ void store_output(const ForwardParams& p, const Rows<S>& rows,
+                                             const TilePlace& at, int group) {
+  const int first = at.row + 64 * group + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  auto* out = static_cast<typename S::T*>(p.out) +
+              ((at.b * p.n.sq + first) * p.n.g * p.n.r + at.head) * p.n.dv;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int j = 0; j < S::kD / 8; j += 4) {
+      uint32_t groups[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = rows.out + 4 * (j + i) + 2 * h;
+        groups[i] = ptx::pack(x[0], x[1], typename S::T());
+      }
+      const uint4 whole = whole_group(groups);
+      const int column = (j + threadIdx.x % 4) * 8;
+      if (first + 8 * h < p.n.sq && column < p.n.dv)
+        *reinterpret_cast<uint4*>(out + h * 8 * p.n.g * p.n.r * p.n.dv + column) = whole;
+    }
   }
 }
 

@@ -8,6 +8,8 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
+constexpr int kTiles = 2;  // known to a block at once: the one worked on and the next
+
 template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQueryBuffers,
           int kKeyStages, Extent kExtent>
 struct ForwardShape {
@@ -20,13 +22,16 @@ struct ForwardShape {
   static constexpr int kKeys = kKeyBlock;
   static constexpr int kQueries = kQueryBuffers;
   static constexpr int kStages = kKeyStages;
+  // Output leaves through its tile's query buffer, or, where there is only one of those, straight
+  // from registers, so that the next queries can come.
+  static constexpr bool kStaged = kQueries == kTiles;
+  static constexpr int kKeepWords = (kKeys + 63) / 64;  // dropout's bits of a thread's scores
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-  static constexpr bool kRoundsEarly =
-      kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
+  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256;  // there are registers for it
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
 };
 
@@ -52,10 +57,10 @@ struct ForwardSmem {
   alignas(1024) typename S::T query[S::kQueries][S::kRows * S::kWidth];
   alignas(1024) typename S::T key[S::kStages][S::kKeys * S::kWidth];
   alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
-  TileInfo info[S::kQueries];
-  int lo[S::kQueries][S::kRows], hi[S::kQueries][S::kRows];
-  int position[S::kQueries][S::kShaped ? S::kRows : 1];  // S9, S12
-  uint64_t query_full[S::kQueries], query_empty[S::kQueries], info_full[S::kQueries];
+  TileInfo info[kTiles];
+  int lo[kTiles][S::kRows], hi[kTiles][S::kRows];
+  uint64_t info_full[kTiles], info_empty[kTiles];
+  uint64_t query_full[S::kQueries], query_empty[S::kQueries];
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
 };
@@ -64,15 +69,17 @@ struct ForwardSmem {
 // applied to scores at once, before the mask, so that -inf stays -inf. Shaped scores come in units
 // of log2 already.
 struct ScoreScale {
+  bool shaped;  // by softcap or ALiBi
   float sign, exponent;
   uint32_t zero = 0;  // that ptxas knows nothing of
   ScoreShape shape;
-  ScoreScale(double scale, double softcap, bool shaped)
-      : sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
+  ScoreScale(double scale, const Features& features)
+      : shaped(features.softcap != 0 || features.slopes),
+        sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
         exponent(shaped ? 1.0f
                         : static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
                                              1.4426950408889634)),
-        shape(scale, softcap) {}
+        shape(scale, features.softcap) {}
 };
 
 struct ForwardMaps {
@@ -96,7 +103,7 @@ struct TileOrder {
 // Limits of a tile's rows and their ranges, to shared memory.
 template <class S>
 __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const TilePlace& at,
-                                                int* lo, int* hi, int* position, TileInfo* to) {
+                                                int* lo, int* hi, TileInfo* to) {
   const int lane = threadIdx.x % 32;
   int first = INT32_MAX, end = 0;
 #pragma unroll 1
@@ -116,8 +123,6 @@ __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const Ti
       }
       lo[row] = v.lo;
       hi[row] = v.hi;
-      if (S::kShaped && at.row + row < p.n.sq)
-        position[row] = aligned_position(p.features, p.mask, p.n, at.b, at.row + row);
     }
     min_lo = warp_min(min_lo);
     max_hi = warp_max(max_hi);
@@ -144,21 +149,22 @@ __device__ __forceinline__ void write_tile_info(const ForwardParams& p, const Ti
 template <class S>
 __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem) {
   const bool leader = threadIdx.x % 32 == 0;
-  Ring<S::kQueries> query;
-  for (int tile = blockIdx.x;; query.next()) {
-    const int i = query.index();
-    ptx::barrier_wait(&smem.query_empty[i], query.parity() ^ 1);
+  Ring<kTiles> next;
+  for (int tile = blockIdx.x;; next.next()) {
+    const int i = next.index();
+    ptx::barrier_wait(&smem.info_empty[i], next.parity() ^ 1);
+    if (next.uses > 0) {  // no earlier, for the balance at the end
+      if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
+      tile = __shfl_sync(0xffffffffu, tile, 0);
+    }
     const bool more = tile < order.count();
     if (more)
-      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], smem.position[i],
-                         &smem.info[i]);
+      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], &smem.info[i]);
     else if (leader)
       smem.info[i].blocks = kNoMoreTiles;
     __syncwarp();
     if (leader) ptx::barrier_arrive(&smem.info_full[i]);
     if (!more) return;
-    if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
-    tile = __shfl_sync(0xffffffffu, tile, 0);
   }
 }
 
@@ -166,33 +172,36 @@ template <class S>
 __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
-  // The scout waited for the query buffer to be empty.
-  const auto load_queries = [&] {
-    const TileInfo& info = smem.info[query.index()];
-    if (info.blocks != kNoMoreTiles)
-      load_tile<S::kRows, S::kChunks>(smem.query[query.index()], &maps.query,
-                                      &smem.query_full[query.index()], info.at.head, info.at.row,
-                                      info.at.b);
+  const auto load_queries = [&](const TileInfo& info) {
+    load_tile<S::kRows, S::kChunks>(smem.query[query.index()], &maps.query,
+                                    &smem.query_full[query.index()], info.at.head, info.at.row,
+                                    info.at.b);
     query.next();
   };
   // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most
   // of the traffic is queries, and waits for memory.
-  const auto next_is_known = [&] {
-    const bool known = ptx::barrier_test(&smem.info_full[query.index()], query.parity());
-    if (known) load_queries();
-    return known;
+  const auto try_queries = [&](const Ring<kTiles>& tile) {
+    if (!ptx::barrier_test(&smem.info_full[tile.index()], tile.parity())) return false;
+    const TileInfo& info = smem.info[tile.index()];
+    if (info.blocks == kNoMoreTiles) return true;
+    if (!ptx::barrier_test(&smem.query_empty[query.index()], query.parity() ^ 1)) return false;
+    load_queries(info);
+    return true;
   };
   bool queried = false;  // for this tile
-  for (Ring<S::kQueries> tile;; tile.next()) {
-    if (!queried) {
-      ptx::barrier_wait(&smem.info_full[query.index()], query.parity());
-      load_queries();
-    }
-    queried = false;
+  for (Ring<kTiles> tile;;) {
+    ptx::barrier_wait(&smem.info_full[tile.index()], tile.parity());
     const TileInfo& info = smem.info[tile.index()];
     const int blocks = info.blocks, first = info.first_key, b = info.at.b,
               head = info.at.head / group;
     if (blocks == kNoMoreTiles) return;
+    if (!queried) {
+      ptx::barrier_wait(&smem.query_empty[query.index()], query.parity() ^ 1);
+      load_queries(info);
+    }
+    queried = false;
+    ptx::barrier_arrive(&smem.info_empty[tile.index()]);
+    tile.next();
     // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
     for (int n = 0; n <= blocks; ++n) {
       if (n < blocks) {
@@ -209,7 +218,7 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
                                         first + (n - 1) * S::kKeys, b);
         value.next();
       }
-      queried = queried || next_is_known();
+      queried = queried || try_queries(tile);
     }
   }
 }
