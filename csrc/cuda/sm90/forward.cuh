@@ -1,10 +1,10 @@
 // Forward pass for sm_90a: persistent, warp-specialised, TMA and wgmma (docs/kernels.md).
 //
 // Block: one producer warpgroup and kGroups consumer warpgroups of 64 query rows. A tile is kRows
-// query rows of one head; its visible keys come in blocks of kKeys. Of the producers, warp 1
-// computes the limits of the tile's rows (scout) and one lane of warp 0 keeps the copy engine busy
-// (load); both run a tile ahead. Consumers overlap the softmax of one block with the products of
-// its neighbours.
+// query rows of one head; its visible keys come in blocks of kKeys. Of the producers, a warp for
+// each 64 rows computes the limits of the tile's rows (scout) and one lane keeps the copy engine
+// busy (load); both run a tile ahead. Consumers overlap the softmax of one block with the products
+// of its neighbours.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by consumers):
 //   info_full/info_empty     TileInfo and row limits, by the scout; emptied when the tile is done
@@ -337,7 +337,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (threadIdx.x == 0) load<S>(maps, static_cast<int>(p.n.r), smem);
-    if (threadIdx.x / 32 == 1) scout<S>(p, order, smem);
+    const int group = threadIdx.x / 32 - 1;
+    if (0 <= group && group < S::kGroups) scout<S>(p, order, smem, group);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, scale, smem, warpgroup - 1);

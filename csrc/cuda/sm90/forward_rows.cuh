@@ -52,20 +52,26 @@ __device__ __forceinline__ void issue_output(float (&out)[S::kD / 2], const Prob
   ptx::wgmma_commit();
 }
 
+// The lowest bits of which each stands for one of a thread's columns in a row of a block: those
+// before `column`, of the block's first.
+template <class S>
+__device__ __forceinline__ uint64_t columns_before(int column) {
+  const int mine = clamp(column, 0, S::kKeys) - threadIdx.x % 4 * 2;  // 8 * j + {0, 1} from here
+  const int count = mine <= 0 ? 0 : mine / 8 * 2 + min(mine % 8, 2);
+  return (uint64_t(1) << count) - 1;
+}
+
 // Keys the row does not see get -inf; `key` is the first of the block.
 template <class S>
 __device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
-  const int column = threadIdx.x % 4 * 2;
+  static_assert(S::kKeys / 4 <= 32, "a row's columns fit one word");
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int lo = rows.lo[h] - key - column, hi = rows.hi[h] - key - column;
+    const uint32_t seen = static_cast<uint32_t>(columns_before<S>(rows.hi[h] - key) &
+                                                ~columns_before<S>(rows.lo[h] - key));
 #pragma unroll
-    for (int j = 0; j < S::kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 8 * j + e;
-        if (c < lo || c >= hi) rows.score[4 * j + 2 * h + e] = -INFINITY;
-      }
+    for (int i = 0; i < S::kKeys / 4; ++i) {
+      if (!(seen >> i & 1)) rows.score[4 * (i / 2) + 2 * h + i % 2] = -INFINITY;
     }
   }
 }

@@ -100,70 +100,75 @@ struct TileOrder {
   }
 };
 
-// Limits of a tile's rows and their ranges, to shared memory.
+// Limits of one warpgroup's rows of a tile, and their ranges, to shared memory; by one warp.
 template <class S>
-__device__ __forceinline__ void write_tile_info(const ForwardParams& p, const TilePlace& at,
-                                                int* lo, int* hi, TileInfo* to) {
+__device__ __forceinline__ void write_limits(const ForwardParams& p, const TilePlace& at, int group,
+                                             int* lo, int* hi, TileInfo* to) {
   const int lane = threadIdx.x % 32;
-  int first = INT32_MAX, end = 0;
-#pragma unroll 1
-  for (int w = 0; w < S::kGroups; ++w) {
-    int min_lo = INT32_MAX, max_hi = 0, max_lo = 0, min_hi = INT32_MAX;
-#pragma unroll 1
-    for (int row = w * 64 + lane; row < (w + 1) * 64; row += 32) {
-      Interval v = {0, 0};
-      if (at.row + row < p.n.sq) v = row_interval(p.mask, p.n, at.b, at.row + row);
-      if (empty(v)) {
-        v = {0, 0};  // widens nothing; its output is zeroed in the epilogue
-      } else {
-        min_lo = min(min_lo, v.lo);
-        max_hi = max(max_hi, v.hi);
-        max_lo = max(max_lo, v.lo);
-        min_hi = min(min_hi, v.hi);
-      }
-      lo[row] = v.lo;
-      hi[row] = v.hi;
+  int min_lo = INT32_MAX, max_hi = 0, max_lo = 0, min_hi = INT32_MAX;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = group * 64 + half * 32 + lane;
+    Interval v = {0, 0};
+    if (at.row + row < p.n.sq) v = row_interval(p.mask, p.n, at.b, at.row + row);
+    if (empty(v)) {
+      v = {0, 0};  // widens nothing; its output is zeroed in the epilogue
+    } else {
+      min_lo = min(min_lo, v.lo);
+      max_hi = max(max_hi, v.hi);
+      max_lo = max(max_lo, v.lo);
+      min_hi = min(min_hi, v.hi);
     }
-    min_lo = warp_min(min_lo);
-    max_hi = warp_max(max_hi);
-    max_lo = warp_max(max_lo);
-    min_hi = warp_min(min_hi);
-    first = min(first, min_lo);
-    end = max(end, max_hi);
-    if (lane == 0) {
-      to->min_lo[w] = min_lo;
-      to->max_hi[w] = max_hi;
-      to->max_lo[w] = max_lo;
-      to->min_hi[w] = min_hi;
-    }
+    lo[row] = v.lo;
+    hi[row] = v.hi;
   }
-  if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
+  min_lo = warp_min(min_lo);
+  max_hi = warp_max(max_hi);
+  max_lo = warp_max(max_lo);
+  min_hi = warp_min(min_hi);
   if (lane == 0) {
-    to->at = at;
-    to->first_key = first;
-    to->end_key = end;
-    to->blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
+    to->min_lo[group] = min_lo;
+    to->max_hi[group] = max_hi;
+    to->max_lo[group] = max_lo;
+    to->min_hi[group] = min_hi;
   }
 }
 
+// What there is to know of the next tile, a warp for each group of its rows: consumers wait for it,
+// and so do the loads.
 template <class S>
-__device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem) {
-  const bool leader = threadIdx.x % 32 == 0;
-  Ring<kTiles> next;
-  for (int tile = blockIdx.x;; next.next()) {
+__device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem, int group) {
+  constexpr int kBarrier = 1 + S::kGroups, kThreads = 32 * S::kGroups;  // of the scouts
+  const bool leader = group == 0 && threadIdx.x % 32 == 0;
+  for (Ring<kTiles> next;; next.next()) {
     const int i = next.index();
+    TileInfo& info = smem.info[i];
     ptx::barrier_wait(&smem.info_empty[i], next.parity() ^ 1);
-    if (next.uses > 0) {  // no earlier, for the balance at the end
-      if (leader) tile = gridDim.x + atomicAdd(order.taken, 1);
-      tile = __shfl_sync(0xffffffffu, tile, 0);
+    if (leader) {
+      // Claimed no earlier, for the balance at the end.
+      const int tile = next.uses == 0 ? blockIdx.x : gridDim.x + atomicAdd(order.taken, 1);
+      info.blocks = tile < order.count() ? 0 : kNoMoreTiles;
+      info.at = order.place(tile, S::kRows);
     }
-    const bool more = tile < order.count();
-    if (more)
-      write_tile_info<S>(p, order.place(tile, S::kRows), smem.lo[i], smem.hi[i], &smem.info[i]);
-    else if (leader)
-      smem.info[i].blocks = kNoMoreTiles;
-    __syncwarp();
-    if (leader) ptx::barrier_arrive(&smem.info_full[i]);
+    ptx::named_sync(kBarrier, kThreads);
+    const bool more = info.blocks != kNoMoreTiles;
+    if (more) write_limits<S>(p, info.at, group, smem.lo[i], smem.hi[i], &info);
+    ptx::named_sync(kBarrier, kThreads);
+    if (leader) {
+      if (more) {
+        int first = INT32_MAX, end = 0;
+#pragma unroll
+        for (int w = 0; w < S::kGroups; ++w) {
+          first = min(first, info.min_lo[w]);
+          end = max(end, info.max_hi[w]);
+        }
+        if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
+        info.first_key = first;
+        info.end_key = end;
+        info.blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
+      }
+      ptx::barrier_arrive(&smem.info_full[i]);
+    }
     if (!more) return;
   }
 }
