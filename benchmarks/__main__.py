@@ -54,6 +54,13 @@ def main() -> None:
         *("gpu", "features"),
         **turns,
     )
+    add(
+        "gpu-peers",
+        "both passes against every peer that can be imported (needs a GPU)",
+        *("gpu_peers", "run"),
+        **turns,
+    )
+    add("plot", "draw docs/images/h200_d*.png from the results (needs matplotlib)", "plot", "gpu")
     add("table", "write README's tables from the results", "table", "write")
 
     chosen = parser.parse_args()

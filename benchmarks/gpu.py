@@ -18,7 +18,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 FORWARD_KERNELS = ("forward_kernel", "fprop")  # in the names of ours and cuDNN's
 
 
-def _milliseconds(function: Callable, arguments, iterations: int, backward: bool) -> float:
+def milliseconds(function: Callable, arguments, iterations: int, backward: bool) -> float:
     """Median kernel time of a call: all it launches, but of a gradient not the forward pass."""
     found = profiler.measure(function, iterations=iterations, aggregate=False)(*arguments)[1]
     calls = found if iterations > 1 else [found]
@@ -28,23 +28,25 @@ def _milliseconds(function: Callable, arguments, iterations: int, backward: bool
     )
 
 
-def _gradient(attention: Callable) -> Callable:
+def gradient(attention: Callable) -> Callable:
+    """Of (q, k, v, dout): dq, dk, dv."""
     return lambda q, k, v, dout: jax.vjp(attention, q, k, v)[1](dout)
 
 
-def _measure(functions: dict[str, Callable], arrays, mode: str, rounds: int, iterations: int):
+def measure(functions: dict[str, Callable], arrays, mode: str, rounds: int, iterations: int):
     """Milliseconds of each function, in turns."""
     backward = mode == "backward"
-    programs = {n: jax.jit(_gradient(f) if backward else f) for n, f in functions.items()}
+    programs = {n: jax.jit(gradient(f) if backward else f) for n, f in functions.items()}
     arguments = arrays if backward else arrays[:3]
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
-            samples[name].append(_milliseconds(program, arguments, iterations, backward))
+            samples[name].append(milliseconds(program, arguments, iterations, backward))
     return {name: statistics.median(x) for name, x in samples.items()}
 
 
-def _arrays(b: int, s: int, hq: int, hk: int, d: int):
+def make_arrays(b: int, s: int, hq: int, hk: int, d: int):
+    """Normal q, k, v and dout in bfloat16."""
     shapes = ((b, s, hq, d), (b, s, hk, d), (b, s, hk, d), (b, s, hq, d))
     keys = jax.random.split(jax.random.key(0), 4)
     return [jax.random.normal(key, x, jnp.bfloat16) for key, x in zip(keys, shapes)]
@@ -60,22 +62,70 @@ def _cudnn(causal: bool) -> Callable:
     )
 
 
-def _flop(scores: float, d: int, mode: str) -> float:
+def peers(causal: bool) -> dict[str, Callable]:
+    """Our attention and cuDNN's, of q, k and v."""
+    return {"ours": _ours(causal=causal), "cudnn": _cudnn(causal)}
+
+
+def count_flop(scores: float, d: int, mode: str) -> float:
+    """Floating-point operations of a pass over that many visible scores."""
     return scores * d * (10 if mode == "backward" else 4)
+
+
+def _gradients64(q, k, v, dout, causal: bool) -> list[np.ndarray]:
+    """Output and gradients in float64, on the CPU."""
+    q, k, v, dout = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, dout))
+    scores = q @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5
+    if causal:
+        scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    out, dp = p @ v, dout @ v.swapaxes(2, 3)
+    ds = p * (dp - (dout * out).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    results = (out, ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout)
+    return [x.swapaxes(1, 2) for x in results]
+
+
+def _errors(d: int, causal: bool) -> dict:
+    """Relative errors (2-norms) of output and gradients against float64."""
+    arrays = make_arrays(1, 1024, 4, 4, d)
+    exact = _gradients64(*arrays, causal)
+    row = {"case": "relative error", "d": d, "causal": causal}
+    for name, attention in peers(causal).items():
+        q, k, v, dout = arrays
+        out, vjp = jax.vjp(jax.jit(attention), q, k, v)
+        got = [np.asarray(x, np.float64) for x in (out, *vjp(dout))]
+        row[name] = {
+            x: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            for x, a, b in zip(("out", "dq", "dk", "dv"), got, exact)
+        }
+    print(row, flush=True)
+    return row
+
+
+def _matmul(rounds: int, iterations: int) -> float:
+    """TFLOP/s of a bfloat16 matrix product of this run."""
+    n = 8192
+    x, y = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    ms = [milliseconds(product, (x, y), iterations, False) for _ in range(rounds)]
+    return round(2 * n**3 / statistics.median(ms) / 1e9, 1)
 
 
 def dense(rounds: int, iterations: int) -> None:
     """The grid of lengths, head dims and masks, both passes: results/gpu_dense.json."""
     rows = []
+    matmul = _matmul(rounds, iterations)
+    print("matmul 8192^3", matmul, flush=True)
     for d in HEAD_DIMS:
         for s in LENGTHS:
             b, h = TOKENS // s, WIDTH // d
-            arrays = _arrays(b, s, h, h, d)
+            arrays = make_arrays(b, s, h, h, d)
             for causal in (False, True):
-                functions = {"ours": _ours(causal=causal), "cudnn": _cudnn(causal)}
+                functions = peers(causal)
                 for mode in ("forward", "backward"):
-                    flop = _flop(b * h * s * s * (0.5 if causal else 1), d, mode)
-                    times = _measure(functions, arrays, mode, rounds, iterations)
+                    flop = count_flop(b * h * s * s * (0.5 if causal else 1), d, mode)
+                    times = measure(functions, arrays, mode, rounds, iterations)
                     rows.append(
                         {
                             "d": d,
@@ -91,6 +141,8 @@ def dense(rounds: int, iterations: int) -> None:
     for mode in ("forward", "backward"):
         ratios = [row["vs cudnn"] for row in rows if row["mode"] == mode]
         print(f"{mode} vs cudnn: median x{statistics.median(ratios):.3f}, worst x{min(ratios):.3f}")
+    rows.append({"case": "matmul 8192^3", "tflops": matmul})
+    rows += [_errors(d, causal) for d in HEAD_DIMS for causal in (False, True)]
     print("written", record.write("gpu_dense", rows))
 
 
@@ -107,7 +159,7 @@ def documents(tokens: int = 32768) -> list[int]:
 def features(rounds: int, iterations: int) -> None:
     """What each option costs against plain causal attention: results/gpu_features.json."""
     d, s, h = 128, 4096, 16
-    arrays = _arrays(TOKENS // s, s, h, h, d)
+    arrays = make_arrays(TOKENS // s, s, h, h, d)
     slopes = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
     sinks = jnp.zeros(h)
     key = jax.random.key(0)
@@ -121,7 +173,7 @@ def features(rounds: int, iterations: int) -> None:
     }
     rows = []
     for mode in ("forward", "backward"):
-        times = _measure(functions, arrays, mode, rounds, iterations)
+        times = measure(functions, arrays, mode, rounds, iterations)
         costs = {n: round(t / times["causal"], 3) for n, t in times.items()}
         rows.append({"d": d, "s": s, "mode": mode, "ms": times, "cost": costs})
         print(mode, costs, flush=True)
@@ -145,10 +197,10 @@ def _cudnn_packed(lengths: list[int]) -> Callable:
 def _packed(mode: str, rounds: int, iterations: int) -> dict:
     lengths = documents()
     ids = jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
-    arrays = _arrays(1, sum(lengths), 16, 16, 128)
-    flop = _flop(16 * sum(n * n for n in lengths) / 2, 128, mode)
+    arrays = make_arrays(1, sum(lengths), 16, 16, 128)
+    flop = count_flop(16 * sum(n * n for n in lengths) / 2, 128, mode)
     functions = {"ours": _ours(causal=True, segment_ids=ids), "cudnn": _cudnn_packed(lengths)}
-    times = _measure(functions, arrays, mode, rounds, iterations)
+    times = measure(functions, arrays, mode, rounds, iterations)
     tflops = {name: round(flop / ms / 1e9, 1) for name, ms in times.items()}
     row = {"case": f"{len(lengths)} documents", "mode": mode, "tflops": tflops}
     print(row, flush=True)
@@ -161,7 +213,7 @@ def _window(mode: str, rounds: int, iterations: int) -> dict:
         "causal": _ours(causal=True),
         "window": _ours(causal=True, window=(w - 1, 0)),
     }
-    times = _measure(functions, _arrays(1, s, 16, 16, 128), mode, rounds, iterations)
+    times = measure(functions, make_arrays(1, s, 16, 16, 128), mode, rounds, iterations)
     share = (s * w - w * (w - 1) / 2) / (s * (s + 1) / 2)
     row = {
         "case": f"window {w} of {s}",
@@ -175,10 +227,10 @@ def _window(mode: str, rounds: int, iterations: int) -> dict:
 
 def _grouped(mode: str, rounds: int, iterations: int) -> dict:
     s, hq, hk = 4096, 32, 8
-    q, k, v, dout = _arrays(4, s, hq, hq, 128)
+    q, k, v, dout = make_arrays(4, s, hq, hq, 128)
     few = [q, k[:, :, :hk], v[:, :, :hk], dout]
-    times = _measure({"32": _ours(causal=True)}, [q, k, v, dout], mode, rounds, iterations)
-    times |= _measure({"32/8": _ours(causal=True)}, few, mode, rounds, iterations)
+    times = measure({"32": _ours(causal=True)}, [q, k, v, dout], mode, rounds, iterations)
+    times |= measure({"32/8": _ours(causal=True)}, few, mode, rounds, iterations)
     row = {"case": "key heads", "mode": mode, "ms": times, "cost": times["32/8"] / times["32"]}
     print(row, flush=True)
     return row

@@ -15,7 +15,7 @@ import jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("jax_flashattn", "jax", "jaxlib", "torch", "numpy")
+PACKAGES = ("jax_flashattn", "jax", "jaxlib", "torch", "tokamax", "numpy")
 
 
 def _cpu_model() -> str:

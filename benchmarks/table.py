@@ -63,12 +63,13 @@ def gpu_table() -> str:
             found = {
                 (r["s"], r["causal"]): f"{r['tflops']['ours']:.0f} ({r['vs cudnn']:.2f}x)"
                 for r in rows
-                if r["mode"] == mode and r["d"] == d
+                if r.get("mode") == mode and r["d"] == d
             }
             cells = [found[s, causal] for s in lengths for causal in (False, True)]
             lines.append(f"| {mode}, d = {d} | " + " | ".join(cells) + " |")
     ratios = {
-        mode: [r["vs cudnn"] for r in rows if r["mode"] == mode] for mode in ("forward", "backward")
+        mode: [r["vs cudnn"] for r in rows if r.get("mode") == mode]
+        for mode in ("forward", "backward")
     }
     summary = "; ".join(
         f"{mode} {statistics.median(x):.2f}x in the median cell ({min(x):.2f} to {max(x):.2f})"
@@ -79,8 +80,8 @@ def gpu_table() -> str:
         "TFLOP/s of kernel time (CUPTI; a gradient without its forward) and, in brackets, the "
         f"ratio to cuDNN through jax.nn in the same process; {where['devices'][0]}, 16,384 tokens, "
         f"heads times head dim 2,048. Over S = 512 to 16,384: {summary}. From `python -m "
-        "benchmarks gpu`; what options cost: `python -m benchmarks gpu-features`, "
-        "[docs/kernels.md](docs/kernels.md).",
+        "benchmarks gpu`; against tokamax and torch as well: `gpu-peers`; what options cost: "
+        "`gpu-features`, [docs/kernels.md](docs/kernels.md), with a plot per head dim.",
     ]
     return "\n".join(lines)
 

@@ -73,6 +73,11 @@ VARIANTS = (
     BASE.replace(causal=True, softcap=4.0, alibi="bh", sinks=True, dropout=0.2),
     BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), alibi="h",
                  sinks=True, dropout=0.4),
+    BASE.replace(alibi="bh", scale=-0.3),
+    BASE.replace(alibi="h", scale=0.0, causal=True),
+    BASE.replace(alibi="h", scale=1e-25),
+    BASE.replace(d=256, dv=256, alibi="h", softcap=3.0, scale=-0.7, causal=True),
+    BASE.replace(d=192, dv=128, alibi="h", dropout=0.2),
 )  # fmt: skip
 
 

@@ -28,14 +28,16 @@ struct Kernel<S, true> {
 
 // Key heads that are worked on together. Where every row sees every key one at a time, so that its
 // Q, dO and dQ stay in L2. Where rows see less, tiles of all lengths must be in flight to balance,
-// so as many as L2 holds.
-int section(const BackwardParams& p) {
+// so as many as L2 holds, and no fewer than are worked on at once anyway.
+int section(const BackwardParams& p, int64_t key_tiles, const Device& device) {
   constexpr int64_t kL2Bytes = 32 << 20;
   const Sizes& n = p.n;
   const MaskSource& m = p.mask;
   if (!m.lo && !m.lengths && m.left == kUnbounded && m.right == kUnbounded) return 1;
-  const int64_t head_bytes = n.r * n.sq * ((n.d + n.dv) * 2 + padded_width(n) * 4);
-  return static_cast<int>(clamp<int64_t>(kL2Bytes / head_bytes, 1, n.b * n.g));
+  const int64_t all = n.b * n.g, head_bytes = n.r * n.sq * ((n.d + n.dv) * 2 + padded_width(n) * 4);
+  const int64_t at_once = (device.multiprocessors + key_tiles - 1) / key_tiles;
+  const int64_t heads = clamp<int64_t>(kL2Bytes / head_bytes, at_once, all);
+  return static_cast<int>(heads < all ? heads : all);
 }
 
 template <class S>
@@ -63,7 +65,8 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
                     prepare_grid, kPrepareThreads, 0, device, stream, p, w, tiles);
   if (!error.empty()) return error;
   const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
-  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles, section(p),
+  const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles,
+                           section(p, key_tiles, device),
                            S::kDeterministic && (p.mask.lo || p.mask.right != kUnbounded)};
   constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");

@@ -87,7 +87,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::wgmma_fence();
       issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::operand(smem.dout[s]),
                              S::kRows);
-      uint32_t keep[S::kRows / 64];
+      [[maybe_unused]] uint32_t keep[S::kRows / 64] = {};
       if constexpr (S::kDropout)
         kept(keep, smem.stream[s], p.features.keep_threshold, key, smem.limits[s][S::kLimits - 1]);
       const auto stays = [&](int i) { return !S::kDropout || (keep[i / 32] >> i % 32 & 1); };

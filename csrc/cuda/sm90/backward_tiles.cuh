@@ -140,7 +140,12 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
     ring.next();
   };
   // Few of many tiles may see these keys, so the search must not wait for memory at every turn:
-  // four times 32 tiles are looked up at once.
+  // four times 32 tiles are looked up at once, first those around the row aligned with these keys.
+  // Turns are taken from the first rows on.
+  constexpr int kAtOnce = 128;
+  const int searches = (tiles + kAtOnce - 1) / kAtOnce;
+  const int64_t aligned = clamp<int64_t>(at.key + p.n.sq - p.n.sk, 0, p.n.sq - 1);
+  const int start = S::kDeterministic ? 0 : static_cast<int>(aligned / (S::kRows * kAtOnce));
   const int4* const ranges = w.ranges + first_tile;
   const auto sees = [&](int tile) {
     if (tile >= tiles) return false;
@@ -148,7 +153,8 @@ __device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
     return rows.x < at.key + S::kKeys && at.key < rows.y;
   };
   for (int r = 0; r < group; ++r) {
-    for (int base = 0; base < tiles; base += 128) {
+    for (int n = 0; n < searches; ++n) {
+      const int base = (n + start < searches ? n + start : n + start - searches) * kAtOnce;
       const bool found[4] = {sees(base + lane), sees(base + 32 + lane), sees(base + 64 + lane),
                              sees(base + 96 + lane)};
       unsigned some[4];

@@ -16,7 +16,9 @@ namespace jax_flashattn::cuda::sm90 {
 
 template <class S>
 struct WideSmem : BackwardSmem<S> {
-  // A fragment in registers' order: a thread of one warpgroup reads what its twin has written.
+  // A fragment in registers' order: a thread of one warpgroup reads what its twin has written. In
+  // half precision whatever the element type: P is at most 1, and dS^T keeps three more of its bits
+  // than bfloat16 has.
   uint4 probability[2][S::kRows / 16][128];
   uint64_t probability_full[2], probability_empty[2];
 };
@@ -100,7 +102,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
           for (int i = 0; i < 32; ++i)
             if (!(keep[0] >> i & 1)) x[i] = -x[i];
         }
-        round_fragment<T>(x, packed);
+        round_fragment<__half>(x, packed);
         ptx::barrier_wait(&smem.probability_empty[half], parity ^ 1);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
@@ -111,8 +113,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
           ptx::barrier_arrive(&smem.probability_full[half]);
           ptx::barrier_arrive(&smem.query_empty[s]);
         }
-        if constexpr (S::kDropout)
-          round_elements<T>([&](int i) { return fmaxf(x[i], 0.0f); }, packed);
+        round_elements<T>([&](int i) { return S::kDropout ? fmaxf(x[i], 0.0f) : x[i]; }, packed);
       } else {
         if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
         ptx::barrier_wait(&smem.probability_full[half], parity);
@@ -120,7 +121,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
 #pragma unroll
         for (int k = 0; k < 4; ++k) probability[k] = smem.probability[half][k][thread];
         const auto* pairs = reinterpret_cast<const uint32_t*>(probability);
-        const auto sent = [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, T()); };
+        const auto sent = [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, __half()); };
         const auto sent_size = [&](int i) { return S::kDropout ? fabsf(sent(i)) : sent(i); };
         score_gradients(
             x, sent_size,

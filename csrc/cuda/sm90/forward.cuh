@@ -122,7 +122,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     }
     const int64_t head = head_index(p.n, info.at);
     if constexpr (S::kShaped) {
-      rows.slope = alibi_slope(p.features, head);
+      rows.slope = alibi_slope(p.features, head) / scale.exponent;
       rows.keys = key_coordinates(p.features, info.at.b);
     }
     if constexpr (S::kDropout) rows.stream = dropout_stream(p.features, head);
@@ -212,10 +212,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const auto exponentials = [&](int block) {
     const int first = tile.first_key + block * S::kKeys;
     if (!S::kStaged && block == tile.end - 1) release_query();
+    if (S::kShaped && scale.factor != 0) cap_scores<S>(rows, scale.factor);
+    if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
     if constexpr (S::kShaped) {
-      if (scale.shaped) shape_rows<S>(rows, scale.shape, first);
+      if (rows.slope != 0) subtract_distances<S>(rows, first);
     }
-    if (scale.sign <= 0) apply_sign<S>(rows, scale.sign);
     if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
       apply_mask<S>(rows, first);
     softmax<S>(rows, scale.exponent, correction);

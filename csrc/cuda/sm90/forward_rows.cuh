@@ -76,29 +76,35 @@ __device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
   }
 }
 
-// S8, S9. `key` is the first of the block.
+// S8: a softcap's scores, in units of the cap.
 template <class S>
-__device__ __forceinline__ void shape_rows(Rows<S>& rows, const ScoreShape& shape, int key) {
-  if (rows.slope == 0) return shape_scores(rows.score, shape);
-  const bool capped = shape.cap != 0;
-  if (capped) shape_scores(rows.score, shape);
+__device__ __forceinline__ void cap_scores(Rows<S>& rows, float factor) {
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i) rows.score[i] = ptx::tanh_approx(rows.score[i] * factor);
+}
+
+// S9: takes slope * distance off. `key` is the first of the block.
+template <class S>
+__device__ __forceinline__ void subtract_distances(Rows<S>& rows, int key) {
   // The sum of slope * distance runs on in slope * stride; a slope below 0 changes the sign of
   // both.
-  const float sign = rows.slope < 0 ? 1.0f : -1.0f, factor = capped ? 1.0f : shape.factor;
   const float step = rows.slope * static_cast<float>(static_cast<int>(rows.keys.stride));
   const int first = rows.keys.at(key + threadIdx.x % 4 * 2);
+  const auto apply = [&](auto less) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float taken = rows.slope * static_cast<float>(rows.position[h] - first);
+    for (int h = 0; h < 2; ++h) {
+      const float taken = rows.slope * static_cast<float>(rows.position[h] - first);
 #pragma unroll
-    for (int j = 0; j < S::kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = rows.score[4 * j + 2 * h + e];
-        x = x * factor + sign * fabsf(taken - step * (8 * j + e));
+      for (int i = 0; i < S::kKeys / 4; ++i) {
+        float& x = rows.score[4 * (i / 2) + 2 * h + i % 2];
+        x = less(x, fabsf(taken - step * (i / 2 * 8 + i % 2)));
       }
     }
-  }
+  };
+  if (rows.slope > 0)
+    apply([](float x, float y) { return x - y; });
+  else
+    apply([](float x, float y) { return x + y; });
 }
 
 // S12: which scores of a block stay, a bit each; it needs no score, so it runs while a product
@@ -323,27 +329,27 @@ __device__ __forceinline__ void stage_output(const ForwardMaps& maps, const Rows
   }
 }
 
-// The same from registers.
+// The same from registers. Of two groups of eight columns, of which each of four lanes holds two
+// columns, neighbouring lanes trade halves, so that each writes four columns of one.
 template <class S>
 __device__ __forceinline__ void store_output(const ForwardParams& p, const Rows<S>& rows,
                                              const TilePlace& at, int group) {
+  const int quarter = threadIdx.x % 4, odd = quarter % 2;
   const int first = at.row + 64 * group + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   auto* out = static_cast<typename S::T*>(p.out) +
               ((at.b * p.n.sq + first) * p.n.g * p.n.r + at.head) * p.n.dv;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int j = 0; j < S::kD / 8; j += 4) {
-      uint32_t groups[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = rows.out + 4 * (j + i) + 2 * h;
-        groups[i] = ptx::pack(x[0], x[1], typename S::T());
-      }
-      const uint4 whole = whole_group(groups);
-      const int column = (j + threadIdx.x % 4) * 8;
+    for (int j = 0; j < S::kD / 8; j += 2) {
+      const float* x = rows.out + 4 * j + 2 * h;
+      const uint32_t even_group = ptx::pack(x[0], x[1], typename S::T());
+      const uint32_t odd_group = ptx::pack(x[4], x[5], typename S::T());
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? even_group : odd_group, 1);
+      const int column = (j + odd) * 8 + quarter / 2 * 4;
       if (first + 8 * h < p.n.sq && column < p.n.dv)
-        *reinterpret_cast<uint4*>(out + h * 8 * p.n.g * p.n.r * p.n.dv + column) = whole;
+        *reinterpret_cast<uint2*>(out + h * 8 * p.n.g * p.n.r * p.n.dv + column) =
+            odd ? make_uint2(got, odd_group) : make_uint2(even_group, got);
     }
   }
 }

@@ -65,21 +65,25 @@ struct ForwardSmem {
   uint64_t value_full[S::kStages], value_empty[S::kStages];
 };
 
-// Scores enter exp2 as exponent * (sign * s), exponent > 0. A scale of 0 is sign 0: the sign is
-// applied to scores at once, before the mask, so that -inf stays -inf. Shaped scores come in units
-// of log2 already.
+// Scores enter exp2 as exponent * (sign * s), exponent > 0, or with a softcap exponent *
+// tanh(factor
+// * s). A scale of 0 is sign 0: the sign is applied to scores at once, before the mask, so that
+// -inf stays -inf. So is a scale by which ALiBi's slopes cannot be divided.
 struct ScoreScale {
-  bool shaped;  // by softcap or ALiBi
+  float factor;  // 0: no softcap
   float sign, exponent;
   uint32_t zero = 0;  // that ptxas knows nothing of
-  ScoreShape shape;
-  ScoreScale(double scale, const Features& features)
-      : shaped(features.softcap != 0 || features.slopes),
-        sign(shaped || scale > 0 ? 1.0f : (scale < 0 ? -1.0f : 0.0f)),
-        exponent(shaped ? 1.0f
-                        : static_cast<float>((scale == 0 ? 1.0 : (scale < 0 ? -scale : scale)) *
-                                             1.4426950408889634)),
-        shape(scale, features.softcap) {}
+  ScoreScale(double scale, double softcap)
+      : factor(softcap != 0 ? static_cast<float>(scale / softcap) : 0.0f), sign(1.0f) {
+    double magnitude = softcap != 0 ? softcap : scale < 0 ? -scale : scale;
+    if (softcap == 0 && magnitude < 1e-20) {
+      sign = static_cast<float>(scale);
+      magnitude = 1;
+    } else if (softcap == 0 && scale < 0) {
+      sign = -1.0f;
+    }
+    exponent = static_cast<float>(magnitude * 1.4426950408889634);
+  }
 };
 
 struct ForwardMaps {
