@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashattn import IntervalMask, _native, flash_attention
+from jax_flashattn import (
+    IntervalMask,
+    _native,
+    attention_backward,
+    attention_forward,
+    flash_attention,
+)
 
 Q = jnp.zeros((2, 6, 4, 8))
 K = jnp.zeros((2, 5, 2, 8))
@@ -165,14 +171,17 @@ def test_features(error, options, words):
     _refuses(error, words, Q, K, K, **options)
 
 
-def test_bias_is_refused_by_name_when_lowered_for_cuda(monkeypatch):
+@pytest.mark.parametrize("attend", [flash_attention, attention_forward, attention_backward])
+def test_bias_is_refused_by_name_when_lowered_for_cuda(attend, monkeypatch):
     """Lowering needs no GPU and not the extension itself, so the refusal is seen here too."""
     monkeypatch.setitem(_native.modules, "CUDA", _native.modules["cpu"])
     x = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.bfloat16)
-    run = jax.jit(lambda q, bias: flash_attention(q, q, q, bias=bias))
+    lse = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)
+    given = [x, x, x] + ([x, lse, lse] if attend is attention_backward else [])
+    traced = jax.jit(attend).trace(*given, bias=bias)
     with pytest.raises(NotImplementedError, match="CUDA does not support bias"):
-        run.trace(x, bias).lower(lowering_platforms=("cuda",))
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def test_a_traced_scale_is_refused():
