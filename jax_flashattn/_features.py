@@ -57,8 +57,9 @@ def check_bias(bias: Any, query: Array, sk: int) -> Array | None:
         return None
     b, sq, hq, _ = query.shape
     bias = as_array(bias, "bias")
-    if bias.dtype not in (query.dtype, jnp.float32):
-        raise TypeError(f"bias must have dtype {query.dtype} or float32, got {bias.dtype}.")
+    dtypes = dict.fromkeys((str(query.dtype), "float32"))
+    if str(bias.dtype) not in dtypes:
+        raise TypeError(f"bias must have dtype {' or '.join(dtypes)}, got {bias.dtype}.")
     full = (b, hq, sq, sk)
     if bias.ndim != 4 or any(n not in (1, m) for n, m in zip(bias.shape, full)):
         raise ValueError(

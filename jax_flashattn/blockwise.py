@@ -18,7 +18,7 @@ from jax_flashattn._features import key_words
 from jax_flashattn._operands import statistics_dtype
 from jax_flashattn.masks import IntervalMask
 from jax_flashattn.partials import attention_delta, attention_sink_gradient, merge_partials
-from jax_flashattn.passes import attention_backward, attention_forward, refuse_bias
+from jax_flashattn.passes import attention_backward, attention_forward
 
 
 class _Plan(NamedTuple):
@@ -60,7 +60,7 @@ def blockwise_attention(
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
-    bias: None = None,
+    bias: Array | None = None,
     sinks: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
@@ -88,7 +88,7 @@ def blockwise_attention(
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
-      bias: not supported: None.
+      bias: [b or 1, hq or 1, sq or 1, sk or 1], dtype of query or float32, with a gradient. On CPU.
       sinks: float32 [hq], with a gradient.
       dropout_rate: probability of dropping a probability.
       dropout_key: one jax.random key; drops what it drops in one call.
@@ -101,7 +101,7 @@ def blockwise_attention(
 
     Raises:
       TypeError, ValueError: as flash_attention, and for a chunk below 1.
-      NotImplementedError: for a bias.
+      NotImplementedError: for a bias on CUDA.
 
     Source: Liu & Abbeel 2023 (Blockwise Parallel Transformer).
 
@@ -113,7 +113,6 @@ def blockwise_attention(
       >>> bool(jnp.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-6))
       True
     """
-    refuse_bias("blockwise_attention", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -126,6 +125,7 @@ def blockwise_attention(
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        bias=bias,
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
@@ -149,7 +149,7 @@ def blockwise_attention(
         key_words(dropout_key) if rate else None,
     )
     sinks = None if sinks is None else jnp.asarray(sinks)
-    out, lse = _run(operands.query, operands.key, operands.value, sinks, rows, plan)
+    out, lse = _run(*operands[:3], operands.bias, sinks, rows, plan)
     return (out, lse) if return_lse else out
 
 
@@ -170,9 +170,11 @@ def _put(x: Array, part: Array, start: Array, axis: int = 1) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
 
 
-def _add(x: Array, part: Array, start: Array) -> Array:
-    """Adds a part in the dtype of x: a chunk's gradients come in pieces."""
-    return _put(x, _take(x, start, part.shape[1]) + part.astype(x.dtype), start)
+def _add(x: Array, part: Array, starts: dict[int, Array]) -> Array:
+    """Adds a part that starts there along these axes, in the dtype of x."""
+    at = [starts.get(axis, jnp.zeros((), jnp.int32)) for axis in range(x.ndim)]
+    whole = jax.lax.dynamic_slice(x, at, part.shape) + part.astype(x.dtype)
+    return jax.lax.dynamic_update_slice(x, whole, at)
 
 
 def _over_pairs(plan: _Plan, query: Array, key: Array, body, state):
@@ -190,7 +192,13 @@ def _over_pairs(plan: _Plan, query: Array, key: Array, body, state):
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(pairs), at, state)
 
 
-def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
+def _bias_cuts(bias: Array | None, plan: _Plan, row: Any = 0, column: Any = 0) -> list[tuple]:
+    """(axis, start, chunk) of what a pair takes of a bias; an axis of 1 is the same for all."""
+    cuts = (2, row, plan.query_chunk), (3, column, plan.key_chunk)
+    return [] if bias is None else [cut for cut in cuts if bias.shape[cut[0]] != 1]
+
+
+def _pair(plan: _Plan, query, key, value, bias, rows: _Rows, row, column):
     """One pair of chunks: (query, key, value), and what lies between them as options of a pass."""
     see, position = jax.tree.map(
         lambda x: _take(x, row, plan.query_chunk), (rows.mask, rows.position)
@@ -200,8 +208,11 @@ def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
         _take(key, column, plan.key_chunk),
         _take(value, column, plan.key_chunk),
     )
+    for axis, start, chunk in _bias_cuts(bias, plan, row, column):
+        bias = _take(bias, start, chunk, axis)
     options = {
         "mask": see.for_keys(column, plan.key_chunk),
+        "bias": bias,
         "scale": plan.scale,
         "softcap": plan.softcap,
         "alibi_slopes": rows.slopes,
@@ -213,24 +224,29 @@ def _pair(plan: _Plan, query, key, value, rows: _Rows, row, column):
     return arrays, options
 
 
-def _pad_all(plan: _Plan, query, key, value, rows: _Rows):
+def _pad_all(plan: _Plan, query, key, value, bias, rows: _Rows):
     """All arrays in whole chunks, varying alike over the devices of a shard_map."""
-    leaves, structure = jax.tree.flatten((query, key, value, rows))
-    query, key, value, rows = structure.unflatten(_compat.match_varying(leaves))
+    leaves, structure = jax.tree.flatten((query, key, value, bias, rows))
+    query, key, value, bias, rows = structure.unflatten(_compat.match_varying(leaves))
     mask, position = jax.tree.map(  # limits 0, 0: sees nothing
         lambda x: _padded(x, 1, plan.query_chunk), (rows.mask, rows.position)
     )
+    for axis, _, chunk in _bias_cuts(bias, plan):
+        bias = _padded(bias, axis, chunk)
     return (
         _padded(query, 1, plan.query_chunk),
         _padded(key, 1, plan.key_chunk),
         _padded(value, 1, plan.key_chunk),
+        bias,
         rows._replace(mask=mask, position=position),
     )
 
 
-def _chunks_forward(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple[Array, Array]:
+def _chunks_forward(
+    query, key, value, bias, sinks, rows: _Rows, plan: _Plan
+) -> tuple[Array, Array]:
     sq, dtype = query.shape[1], query.dtype
-    padded = _pad_all(plan, query, key, value, rows)
+    padded = _pad_all(plan, query, key, value, bias, rows)
     b, sq_padded, hq, _ = padded[0].shape
     wide = statistics_dtype(dtype)
 
@@ -252,19 +268,19 @@ def _chunks_forward(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple
     return out[:, :sq].astype(dtype), lse[:, :, :sq]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(query, key, value, sinks, rows: _Rows, plan: _Plan) -> tuple[Array, Array]:
-    return _chunks_forward(query, key, value, sinks, rows, plan)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _blockwise(query, key, value, bias, sinks, rows: _Rows, plan: _Plan) -> tuple[Array, Array]:
+    return _chunks_forward(query, key, value, bias, sinks, rows, plan)
 
 
-def _blockwise_forward(query, key, value, sinks, rows, plan):
-    out, lse = _chunks_forward(query, key, value, sinks, rows, plan)
+def _blockwise_forward(query, key, value, bias, sinks, rows, plan):
+    out, lse = _chunks_forward(query, key, value, bias, sinks, rows, plan)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (query, key, value, sinks, rows, out, lse)
+    return (out, lse), (query, key, value, bias, sinks, rows, out, lse)
 
 
 def _blockwise_backward(plan: _Plan, residuals, cotangents):
-    query, key, value, sinks, rows, out, lse = residuals
+    query, key, value, bias, sinks, rows, out, lse = residuals
     dout, dlse = cotangents
     # Of the whole rows, once: a chunk's own lse or out would give wrong gradients.
     delta = attention_delta(dout, out, dlse)
@@ -273,7 +289,7 @@ def _blockwise_backward(plan: _Plan, residuals, cotangents):
         dsinks = _compat.match_cotangent(attention_sink_gradient(sinks, lse, delta), sinks)
     delta, lse = _padded(delta, 2, plan.query_chunk), _padded(lse, 2, plan.query_chunk, -jnp.inf)
     dout = _padded(dout, 1, plan.query_chunk)
-    padded = _pad_all(plan, query, key, value, rows)
+    padded = _pad_all(plan, query, key, value, bias, rows)
 
     def body(row, column, state):
         arrays, options = _pair(plan, *padded, row, column)
@@ -283,15 +299,18 @@ def _blockwise_backward(plan: _Plan, residuals, cotangents):
             _take(delta, row, plan.query_chunk, axis=2),
         )
         parts = attention_backward(*arrays, *of_rows, **options, deterministic=plan.deterministic)
-        starts = (row, column, column)
+        of_bias = {axis: start for axis, start, _ in _bias_cuts(padded[3], plan, row, column)}
+        starts = {1: row}, {1: column}, {1: column}, of_bias
         return tuple(_add(x, part, at) for x, part, at in zip(state, parts, starts))
 
-    nothing = tuple(jnp.zeros(x.shape, lse.dtype) for x in padded[:3])
+    nothing = tuple(jnp.zeros(x.shape, lse.dtype) for x in padded[:4] if x is not None)
     gradients = _over_pairs(plan, padded[0], padded[1], body, nothing)
-    primals = query, key, value
-    gradients = [g[:, : x.shape[1]].astype(x.dtype) for g, x in zip(gradients, primals)]
-    return *map(_compat.match_cotangent, gradients, primals), dsinks, None
+    dq, dk, dv, *dbias = [
+        _compat.match_cotangent(g[tuple(map(slice, x.shape))].astype(x.dtype), x)
+        for g, x in zip(gradients, (query, key, value, bias))
+    ]
+    return dq, dk, dv, *(dbias or [None]), dsinks, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-_run = jax.jit(_blockwise, static_argnums=5)  # an eager call is one program
+_run = jax.jit(_blockwise, static_argnums=6)  # an eager call is one program

@@ -38,7 +38,7 @@ def attention_forward(
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
-    bias: None = None,
+    bias: Array | None = None,
     sinks: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
@@ -63,7 +63,8 @@ def attention_forward(
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
-      bias: not supported: None.
+      bias: [b or 1, hq or 1, sq or 1, sk or 1], dtype of query or float32, added to the scores of
+        these very keys: of a part its slice of the whole's, where an axis is not 1. On CPU.
       sinks: float32 [hq]. Of parts of the keys only one may have them, and each row must see some
         of its keys: merge_partials(..., sinks=...) has no such condition.
       dropout_rate: probability of dropping a probability.
@@ -80,7 +81,7 @@ def attention_forward(
 
     Raises:
       TypeError, ValueError: as flash_attention.
-      NotImplementedError: for a bias.
+      NotImplementedError: for a bias on CUDA.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 1.
 
@@ -92,7 +93,6 @@ def attention_forward(
       >>> out.shape, lse.shape
       ((1, 8, 2, 16), (1, 2, 8))
     """
-    refuse_bias("attention_forward", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -105,6 +105,7 @@ def attention_forward(
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        bias=bias,
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
@@ -131,13 +132,13 @@ def attention_backward(
     segment_ids: Array | tuple[Array, Array] | None = None,
     lengths: Array | tuple[Array, Array] | None = None,
     mask: IntervalMask | None = None,
-    bias: None = None,
+    bias: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     query_positions: Array | None = None,
     key_coordinates: Array | tuple[Any, Any] | None = None,
     deterministic: bool = False,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:  # of three, or of four with a bias
     """The backward pass alone: what these rows and these keys add to the gradients.
 
     Args:
@@ -156,7 +157,7 @@ def attention_backward(
       segment_ids: int32 [b, s] or a (query, key) pair.
       lengths: int32 [b] or a (query, key) pair.
       mask: an IntervalMask [b or 1, sq].
-      bias: not supported: None.
+      bias: [b or 1, hq or 1, sq or 1, sk or 1], the same as in the forward pass.
       dropout_rate: as in the forward pass.
       dropout_key: one jax.random key, the same.
       query_positions: int32 [b, sq], as in the forward pass.
@@ -164,14 +165,16 @@ def attention_backward(
       deterministic: ask for bitwise repeatable results.
 
     Returns:
-      (dq, dk, dv), of the shapes and dtypes of query, key and value. Add 16-bit ones up in float32.
+      (dq, dk, dv), with a bias (dq, dk, dv, dbias), of the shapes and dtypes of query, key, value
+      and bias. Add 16-bit ones up in float32. Along an axis of 1 dbias is summed over these rows or
+      keys alone: parts that share it add up.
       Sinks are in lse and delta: attention_sink_gradient has theirs.
       Inside shard_map nothing is summed over devices: gradients of an array that several devices
       share are the caller's to psum.
 
     Raises:
       TypeError, ValueError: as flash_attention, and for dout, lse or delta of another kind.
-      NotImplementedError: for a bias.
+      NotImplementedError: for a bias on CUDA.
 
     Source: Dao 2023 (FlashAttention-2), algorithm 2.
 
@@ -186,7 +189,6 @@ def attention_backward(
       >>> dk.shape
       (1, 8, 2, 16)
     """
-    refuse_bias("attention_backward", bias)
     operands, spec = _validate.prepare(
         query,
         key,
@@ -199,6 +201,7 @@ def attention_backward(
         segment_ids=segment_ids,
         lengths=lengths,
         mask=mask,
+        bias=bias,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         query_positions=query_positions,
@@ -215,15 +218,8 @@ def attention_backward(
     saw_nothing = jnp.isneginf(lse)
     lse = jnp.where(saw_nothing, jnp.inf, lse)
     delta = jnp.where(saw_nothing, 0, delta)
-    return _backward(operands, dout, lse, delta, spec)[:3]
-
-
-def refuse_bias(function: str, bias: Any) -> None:
-    """Parts of a bias, and of its gradient, are not written yet."""
-    if bias is not None:
-        raise NotImplementedError(
-            f"{function} does not support bias; flash_attention does, on CPU."
-        )
+    gradients = _backward(operands, dout, lse, delta, spec)
+    return gradients if bias is not None else gradients[:3]
 
 
 def _check_given(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:

@@ -9,14 +9,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
+from support import xla
 from support.case import parse
 
 # Eight CPU devices, so that sharding runs in the same process as everything else.
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the suite's time is XLA compiling what lies around our kernels; half of that is LLVM.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it all as users do; tests in processes of their own always.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)
+    xla.compile_quickly()
 
 
 def pytest_addoption(parser):

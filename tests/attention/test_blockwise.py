@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import grids, hlo
+from support import derivatives, grids, hlo
 from support.case import Case, cases
-from support.check import check_results, execute, x64_if
+from support.check import LEARNED, check_results, execute, x64_if
 from support.compare import assert_bitwise
 from support.data import make_problem
 
@@ -27,20 +27,21 @@ def results(problem, query_chunk: int, key_chunk: int) -> dict:
         attend = functools.partial(
             blockwise_attention, query_chunk=query_chunk, key_chunk=key_chunk, return_lse=True
         )
-        sinks = arguments.pop("sinks", None)
+        learned = {n: arguments.pop(n) for n in LEARNED if n in arguments}
         (out, lse), pullback = jax.vjp(
-            lambda *x: attend(*x[:3], sinks=x[3], **arguments, **options), query, key, value, sinks
+            lambda *x: attend(*x[:3], **x[3], **arguments, **options), query, key, value, learned
         )
-        return out, lse, *pullback((dout, dlse))
+        dq, dk, dv, of_learned = pullback((dout, dlse))
+        found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        return found | {"d" + n: x for n, x in of_learned.items()}
 
     with x64_if(problem.case.dtype == "float64"):
         arrays = [problem.given[n] for n in ("query", "key", "value", "dout", "dlse")]
-        found = jax.device_get(run(*arrays, arguments))
-    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    return {name: x for name, x in zip(names, found) if x is not None}
+        return jax.device_get(run(*arrays, arguments))
 
 
 EVERYTHING = {"softcap": 5.0, "alibi": "h", "sinks": True, "dropout": 0.2}
+BIASES = ("bhij", "hij", "bi", "hj", "")  # cut along both axes of a chunk, one, or none
 SAMPLE = (
     Case(b=2, sq=64, sk=96, hq=4, hk=2, causal=True, dlse=True),
     Case(b=2, sq=90, sk=70, hq=2, d=24, dv=40, causal=True, left=30, dlse=True),
@@ -61,6 +62,10 @@ SAMPLE = (
     grids.SEGMENTS[9].replace(**EVERYTHING),
     grids.LENGTHS[1].replace(poison="invisible", **EVERYTHING),
     grids.INTERVALS[6].replace(**EVERYTHING),
+    *(Case(b=2, sq=90, sk=70, hq=4, hk=2, causal=True, dlse=True, bias=axes) for axes in BIASES),
+    Case(b=2, sq=90, sk=70, hq=4, hk=2, left=30, dlse=True, bias="bij", **EVERYTHING),
+    grids.LENGTHS[1].replace(poison="invisible", bias="bhij"),
+    grids.SEGMENTS[9].replace(bias="hij", **EVERYTHING),
 )
 
 
@@ -94,13 +99,36 @@ def test_nan_in_what_nobody_sees_stays_there(case):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("features", [{}, EVERYTHING], ids=["plain", "features"])
+@pytest.mark.parametrize("features", [{}, EVERYTHING | {"bias": "ij"}], ids=["plain", "features"])
 def test_dtypes(dtype, features):
     problem = make_problem(grids.SEGMENTS[1].replace(dtype=dtype, **features))
     check_results(problem, results(problem, 48, 64))
 
 
-@cases(Case(sq=0, sk=5), Case(sq=5, sk=0), Case(b=0), Case(hq=0, hk=0))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bias_of_minus_infinity_hides_chunks(rows):
+    """Of some rows one chunk, of others all they see: these are empty (S11)."""
+    problem = make_problem(Case(b=2, sq=9, sk=13, hq=2, causal=True, dlse=True, bias="bij"))
+    bias = problem.features.bias
+    bias[:, :, 2:5, 5:10], bias[:, :, 6:] = -np.inf, -np.inf
+    given = [problem.given[n] for n in ("query", "key", "value", "dout", "dlse")]
+    results_of = []
+    for chunks in ({"query_chunk": rows, "key_chunk": 5}, None):
+        attend = flash_attention if chunks is None else blockwise_attention
+
+        def run(q, k, v, bias, attend=attend, chunks=chunks):
+            return attend(q, k, v, bias=bias, causal=True, return_lse=True, **(chunks or {}))
+
+        results_of.append(derivatives.vjp(run, (*given[:3], bias), tuple(given[3:])))
+    assert np.isneginf(results_of[0][1][:, :, 6:]).all()
+    for a, b in zip(*results_of):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@cases(
+    *(Case(sq=0, sk=5), Case(sq=5, sk=0), Case(b=0), Case(hq=0, hk=0)),
+    *(Case(sq=0, sk=5, bias="ij"), Case(sq=5, sk=0, bias="i"), Case(b=0, bias="bhij")),
+)
 def test_empty(case):
     problem = make_problem(case)
     check_results(problem, results(problem, 2, 2))
@@ -166,23 +194,25 @@ def test_under_vmap_and_in_shard_map():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_sinks_shared_by_the_devices_of_a_shard_map():
-    """Their gradient is summed over the batch, on all devices."""
+def test_sinks_and_bias_shared_by_the_devices_of_a_shard_map():
+    """Their gradients are summed over the batch, on all devices."""
     x = jax.random.normal(jax.random.key(0), (4, 40, 2, 8))
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
     batch, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    slopes, sinks = jnp.array([0.5, 0.1]), jnp.array([0.3, -1.0])
+    slopes = jnp.array([0.5, 0.1])
+    learned = {"sinks": jnp.array([0.3, -1.0])}
+    learned["bias"] = jax.random.normal(jax.random.key(1), (1, 2, 40, 40))
 
-    def local(x, sinks):
-        out = blockwise_attention(
-            x, x, x, query_chunk=16, key_chunk=32, sinks=sinks, alibi_slopes=slopes
-        )
-        return jax.lax.psum((out**2).sum(), "data")
+    def plain(x, learned, attend=flash_attention):
+        return (attend(x, x, x, alibi_slopes=slopes, **learned) ** 2).sum()
+
+    def local(x, learned):
+        attend = functools.partial(blockwise_attention, query_chunk=16, key_chunk=32)
+        return jax.lax.psum(plain(x, learned, attend), "data")
 
     run = jax.shard_map(local, mesh=mesh, in_specs=(batch, whole), out_specs=whole)
-    plain = lambda x, s: (flash_attention(x, x, x, sinks=s, alibi_slopes=slopes) ** 2).sum()  # noqa: E731
-    wanted = jax.grad(plain, (0, 1))(x, sinks)
-    for a, b in zip(jax.jit(jax.grad(run, (0, 1)))(x, sinks), wanted):
+    wanted, got = (jax.jit(jax.grad(f, (0, 1)))(x, learned) for f in (plain, run))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -197,8 +227,6 @@ def test_every_kind_of_dropout_key():
     off = {"dropout_rate": 1e-6, "dropout_key": jax.random.key(0)}
     got = blockwise_attention(x, x, x, **chunks, **off)
     assert_bitwise("rate that rounds to 0", got, blockwise_attention(x, x, x, **chunks))
-    with pytest.raises(NotImplementedError, match="blockwise_attention does not support bias"):
-        blockwise_attention(x, x, x, **chunks, bias=jnp.zeros((1, 1, 1, 1)))
 
 
 def test_repeatable():
@@ -208,8 +236,10 @@ def test_repeatable():
         assert_bitwise("gradient", a, b)
 
 
-def test_a_chunk_must_be_a_positive_int():
+def test_wrong_arguments():
     x = jnp.ones((1, 4, 1, 8))
+    with pytest.raises(ValueError, match=r"bias must have shape .* = \(1, 1, 4, 4\) or 1 on any"):
+        blockwise_attention(x, x, x, query_chunk=2, key_chunk=2, bias=jnp.zeros((1, 1, 2, 2)))
     with pytest.raises(ValueError, match="query_chunk must be 1 or more, got 0"):
         blockwise_attention(x, x, x, query_chunk=0, key_chunk=1)
     with pytest.raises(TypeError, match=r"key_chunk must be a Python int, got 2\.5"):

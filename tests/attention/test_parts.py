@@ -1,5 +1,6 @@
 """merge_partials, attention_forward, attention_backward: parts of the keys add up to the whole."""
 
+import functools
 import itertools
 
 import jax
@@ -91,7 +92,7 @@ def test_merge_has_no_nan_in_value_or_gradient():
         out, lse = merge_partials(outs, lses)
         return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
 
-    value, (douts, dlses) = jax.value_and_grad(loss, (0, 1))(outs, lses)
+    value, (douts, dlses) = jax.jit(jax.value_and_grad(loss, (0, 1)))(outs, lses)
     assert np.isfinite(value)
     assert np.isfinite(douts).all()
     assert np.isfinite(dlses).all()
@@ -125,9 +126,8 @@ def test_gradient_of_a_merge():
 
     merged = lambda s, v: loss(merge_partials(*zip(attend(s[0], v[0]), attend(s[1], v[1]))))  # noqa: E731
     whole = lambda s, v: loss(attend(jnp.concatenate(s, -1), jnp.concatenate(v, -2)))  # noqa: E731
-    for a, b in zip(
-        jax.grad(merged, (0, 1))(scores, values), jax.grad(whole, (0, 1))(scores, values)
-    ):
+    gradients = [jax.jit(jax.grad(f, (0, 1)))(scores, values) for f in (merged, whole)]
+    for a, b in zip(*gradients):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -170,11 +170,13 @@ def by_parts(problem, cuts) -> dict:
         common = {n: case.options()[n] for n in ("scale", "softcap", "dropout_rate")}
         names = ("alibi_slopes", "dropout_key")
         common |= {n: arguments[n] for n in names if n in arguments}
+        bias = arguments.get("bias")
+        cut = bias is not None and bias.shape[3] > 1
         parts = [
             (
                 *(k[:, a:b], v[:, a:b]),
                 common
-                | {"mask": whole.for_keys(a, b - a)}
+                | {"mask": whole.for_keys(a, b - a), "bias": bias[..., a:b] if cut else bias}
                 | {"query_positions": position, "key_coordinates": (jnp.int32(a), 1)},
             )
             for a, b in itertools.pairwise((0, *ends))
@@ -186,15 +188,18 @@ def by_parts(problem, cuts) -> dict:
         gradients = [
             attention_backward(q, *kv, dout, lse, delta, **options) for *kv, options in parts
         ]
-        dq, dk, dv = zip(*gradients)
-        wide = delta.dtype
-        dq = sum(x.astype(wide) for x in dq).astype(q.dtype)
-        dsinks = [] if sinks is None else [attention_sink_gradient(sinks, lse, delta)]
-        return out.astype(q.dtype), lse, dq, *(jnp.concatenate(x, 1) for x in (dk, dv)), *dsinks
+        dq, dk, dv, *dbias = zip(*gradients)
+        total = lambda x, like: sum(y.astype(delta.dtype) for y in x).astype(like.dtype)  # noqa: E731
+        found = {"out": out.astype(q.dtype), "lse": lse, "dq": total(dq, q)}
+        found |= {"dk": jnp.concatenate(dk, 1), "dv": jnp.concatenate(dv, 1)}
+        if sinks is not None:
+            found["dsinks"] = attention_sink_gradient(sinks, lse, delta)
+        if bias is not None:
+            found["dbias"] = jnp.concatenate(*dbias, 3) if cut else total(*dbias, bias)
+        return found
 
     with x64_if(case.dtype == "float64"):
-        found = jax.device_get(run(q, k, v, dout, dlse, arguments))
-    return dict(zip(("out", "lse", "dq", "dk", "dv", "dsinks"), found))
+        return jax.device_get(run(q, k, v, dout, dlse, arguments))
 
 
 @cases(
@@ -211,6 +216,12 @@ def by_parts(problem, cuts) -> dict:
     grids.LENGTHS[5].replace(**FEATURES),
     grids.SEGMENTS[9].replace(**FEATURES),
     grids.INTERVALS[7].replace(sinks=True),
+    *(
+        Case(b=2, sq=64, sk=96, hq=4, hk=2, causal=True, dlse=True, bias=axes)
+        for axes in ("bhij", "hj", "bi", "")
+    ),
+    Case(b=2, sq=64, sk=96, hq=4, hk=2, dtype="float64", dlse=True, bias="hij", **FEATURES),
+    grids.SEGMENTS[9].replace(dtype="bfloat16", bias="ij", bias_dtype="float32"),
 )
 def test_parts_add_up(case):
     problem = make_problem(case)
@@ -349,7 +360,7 @@ def test_they_are_the_two_kernels():
 
 def test_wrong_arguments():
     q, dout, lse = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 2, 3))
-    run = lambda *x: attention_backward(q, q, q, *x)  # noqa: E731
+    run = functools.partial(attention_backward, q, q, q)
     with pytest.raises(
         ValueError, match=r"dout must have shape \(1, 3, 2, 8\), got \(1, 2, 2, 8\)"
     ):
@@ -364,11 +375,12 @@ def test_wrong_arguments():
         attention_delta(dout, dout[:, :2])
     with pytest.raises(ValueError, match=r"dlse must have shape \(1, 2, 3\)"):
         attention_delta(dout, dout, lse[..., :1])
-    bias = jnp.zeros((1, 1, 3, 3))
-    with pytest.raises(NotImplementedError, match="attention_backward does not support bias"):
-        attention_backward(q, q, q, dout, lse, lse, bias=bias)
-    with pytest.raises(NotImplementedError, match="attention_forward does not support bias"):
-        attention_forward(q, q, q, bias=bias)
+    forward = functools.partial(attention_forward, q, q, q)
+    for attend in (forward, functools.partial(run, dout, lse, lse)):
+        with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\) or 1 on any axis, got .*3, 2\)"):
+            attend(bias=jnp.zeros((1, 2, 3, 2)))
+        with pytest.raises(TypeError, match="bias must have dtype float32, got bfloat16"):
+            attend(bias=jnp.zeros((1, 2, 3, 3), jnp.bfloat16))
     with pytest.raises(ValueError, match=r"query_positions must have shape \(1, 3\)"):
         attention_forward(q, q, q, query_positions=jnp.arange(3))
     for wrong in ((1,), (0, 1, 2)):

@@ -47,11 +47,16 @@ def test_it_generates_what_a_full_forward_pass_would(config, params):
     assert found["tokens_per_second"] > 0
     assert found["unshared_pages"] - found["pages"] == 2 * (len(PREFIX) // decode.PAGE)
     # Greedy, byte by byte, without a cache.
-    model = byte_lm.nnx.merge(byte_lm.model_graph(config), params)
     text = found["texts"][1]
     tokens = np.array([list(text)], np.int32)
     ids, positions = np.ones_like(tokens), np.arange(tokens.size, dtype=np.int32)[None]
-    logits = model(tokens, ids, positions, implementation="kernel")[0]
+
+    @jax.jit
+    def forward(params):
+        model = byte_lm.nnx.merge(byte_lm.model_graph(config), params)
+        return model(tokens, ids, positions, implementation="kernel")[0]
+
+    logits = forward(params)
     assert bytes(np.argmax(logits[-13:-1], axis=-1).astype(np.uint8)) == text[-12:]
 
 

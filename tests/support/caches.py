@@ -44,15 +44,19 @@ def one(
     distance = np.arange(n) - (np.arange(sq)[:, None] + n - sq)
     see = (np.arange(n) >= first) & (distance >= -left) & (distance <= right)
     see &= (distance <= 0) | (not causal)
-    k, v = (np.repeat(x, hq // x.shape[1], axis=1) for x in (k, v))
-    score = np.einsum("ihd,jhd->hij", q, k) * softmax_scale
+    q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+    k, v = (np.repeat(x, hq // len(x), axis=0) for x in (k, v))
+    score = q @ k.swapaxes(1, 2) * softmax_scale
     score = score if softcap == np.inf else softcap * np.tanh(score / softcap)
     if alibi_slopes is not None:
         score = score - alibi_slopes[:, None, None] * np.abs(distance)
     score = np.where(see, score, -np.inf)
-    lse = np.logaddexp.reduce(score, axis=-1, initial=-np.inf)
-    weight = np.exp(score - np.where(see.any(-1), lse, 0)[..., None])
-    return np.einsum("hij,jhd->ihd", weight, v), lse
+    top = np.where(see.any(-1), score.max(-1, initial=-np.inf), 0)
+    weight = np.exp(score - top[..., None])
+    with np.errstate(divide="ignore"):  # a row that sees nothing
+        lse = top + np.log(weight.sum(-1))
+    out = weight @ v / np.maximum(weight.sum(-1), 1e-300)[..., None]
+    return out.swapaxes(0, 1), lse
 
 
 def oracle(q, rows, new, lengths, leftpad=None, rotary=None, **features):

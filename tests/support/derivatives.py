@@ -4,7 +4,7 @@ import jax
 
 
 def vjp(function, arrays: tuple, cotangents) -> tuple:
-    """Results of function(*arrays), then its gradients.
+    """Results of function(*arrays), then its gradients, as numpy arrays.
 
     cotangents: of the results, or a function of the results that makes them.
     """
@@ -14,5 +14,5 @@ def vjp(function, arrays: tuple, cotangents) -> tuple:
         results, pull = jax.vjp(function, *arrays)
         return results, pull(cotangents(results) if given is None else given)
 
-    results, gradients = run(arrays, None if callable(cotangents) else cotangents)
+    results, gradients = jax.device_get(run(arrays, None if callable(cotangents) else cotangents))
     return *(results if isinstance(results, tuple) else (results,)), *gradients

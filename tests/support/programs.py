@@ -13,7 +13,7 @@ import numpy as np
 
 def run(name: str, out: pathlib.Path, argument: str = "", **environment: str) -> dict:
     """Runs a program in a child process and reads its results; an error there is one here."""
-    flags = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+    flags = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, __file__, name, str(out), argument],
         env=os.environ | flags | environment,
@@ -29,15 +29,14 @@ def run(name: str, out: pathlib.Path, argument: str = "", **environment: str) ->
 
 def isa(out: str, argument: str) -> None:
     """The instruction set in use; checks a small grid with it, or keeps the error of a call."""
-    import jax
-    from support import cached, grids
+    from support import cached, grids, xla
     from support.check import check_case, check_results
     from support.data import make_problem
     from support.tangent import check_tangents
 
     from jax_flashattn import _native, flash_attention
 
-    jax.config.update("jax_disable_most_optimizations", True)  # as in conftest.py
+    xla.compile_quickly()
     name = _native.modules["cpu"].instruction_set()
     error = ""
     if name is None:

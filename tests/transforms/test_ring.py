@@ -29,14 +29,20 @@ IDS = np.zeros((B, S), np.int32)
 IDS[0, :90] = np.repeat([1, 2, 3, 0, 4], [30, 1, 29, 10, 20])
 IDS[1] = np.repeat([1, 2], [12, 84])
 
-MASKS = {
-    "full": IntervalMask.sliding_window(S, S, None, None),
-    "causal": IntervalMask.causal(S),
-    "window": IntervalMask.sliding_window(S, S, 17, 5),
-    "documents": IntervalMask.documents(IDS),
-    "causal documents in a window": IntervalMask.documents(IDS, causal=True, window=(20, None)),
-    "prefix": IntervalMask.prefix(jnp.array([40, 0], jnp.int32), S),
-}
+
+@jax.jit
+def make_masks():
+    return {
+        "full": IntervalMask.sliding_window(S, S, None, None),
+        "causal": IntervalMask.causal(S),
+        "window": IntervalMask.sliding_window(S, S, 17, 5),
+        "documents": IntervalMask.documents(IDS),
+        "causal documents in a window": IntervalMask.documents(IDS, causal=True, window=(20, None)),
+        "prefix": IntervalMask.prefix(jnp.array([40, 0], jnp.int32), S),
+    }
+
+
+MASKS = make_masks()
 
 
 def mesh_of(n: int) -> Mesh:

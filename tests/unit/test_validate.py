@@ -5,12 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashattn import IntervalMask, _native, flash_attention
+from jax_flashattn import (
+    IntervalMask,
+    _native,
+    attention_backward,
+    attention_forward,
+    flash_attention,
+)
 
-Q = jnp.zeros((2, 6, 4, 8))
-K = jnp.zeros((2, 5, 2, 8))
-IDS = jnp.ones((2, 6), jnp.int32)
-KEY_IDS = jnp.ones((2, 5), jnp.int32)
+
+def zeros(shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def ones(shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+Q = zeros((2, 6, 4, 8))
+K = zeros((2, 5, 2, 8))
+IDS = ones((2, 6), np.int32)
+KEY_IDS = ones((2, 5), np.int32)
 
 
 def _refuses(error, words, *args, **options):
@@ -34,7 +49,7 @@ SHAPES = (
     ((Q, K[:, :, :0], K[:, :, :0]), ["divide", "4 query heads", "0 key heads"]),
     ((Q[..., :0], K[..., :0], K), ["head_dim of query and key", "1 to 256", "0"]),
     ((Q, K, K[..., :0]), ["head_dim of value", "1 to 256", "0"]),
-    ((jnp.zeros((1, 1, 1, 257)),) * 3, ["head_dim", "1 to 256", "257"]),
+    ((zeros((1, 1, 1, 257)),) * 3, ["head_dim", "1 to 256", "257"]),
 )
 
 
@@ -86,11 +101,11 @@ def test_options(error, options, words):
 
 
 MASKS = (
-    (ValueError, {"lengths": jnp.ones(3, jnp.int32)}, ["lengths", "(2,)", "(3,)"]),
+    (ValueError, {"lengths": ones(3, jnp.int32)}, ["lengths", "(2,)", "(3,)"]),
     (ValueError, {"lengths": (IDS[0, :2],)}, ["lengths", "pair", "1"]),
     (ValueError, {"lengths": (IDS[0, :2], IDS[0, :1])}, ["key lengths", "(2,)", "(1,)"]),
-    (TypeError, {"lengths": jnp.ones(2)}, ["lengths", "int32", "float32"]),
-    (TypeError, {"lengths": jnp.ones(2, jnp.int16)}, ["lengths", "int32", "int16"]),
+    (TypeError, {"lengths": ones(2)}, ["lengths", "int32", "float32"]),
+    (TypeError, {"lengths": ones(2, jnp.int16)}, ["lengths", "int32", "int16"]),
     (TypeError, {"lengths": 5}, ["lengths", "array", "int"]),
     (ValueError, {"lengths": [2**40, 1]}, ["lengths", "int32", str(2**40)]),
     (ValueError, {"segment_ids": IDS}, ["pair", "6", "5"]),
@@ -105,7 +120,7 @@ MASKS = (
     (TypeError, {"mask": IntervalMask(IDS * 1.0, IDS)}, ["mask.lo", "int32", "float32"]),
     (
         ValueError,
-        {"mask": IntervalMask(*[jnp.ones((3, 6), jnp.int32)] * 2)},
+        {"mask": IntervalMask(*[ones((3, 6), jnp.int32)] * 2)},
         ["mask.lo", "2 or 1", "(3, 6)"],
     ),
 )
@@ -117,7 +132,7 @@ def test_masks(error, options, words):
 
 
 KEY = jax.random.key(0)
-SLOPES = jnp.ones(4)
+SLOPES = ones(4)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +144,13 @@ SLOPES = jnp.ones(4)
         (TypeError, {"softcap": True}, ["softcap", "True"]),
         (TypeError, {"alibi_slopes": 0.5}, ["alibi_slopes", "array", "float"]),
         (TypeError, {"alibi_slopes": SLOPES.astype(jnp.bfloat16)}, ["alibi_slopes", "bfloat16"]),
-        (ValueError, {"alibi_slopes": jnp.ones(2)}, ["alibi_slopes", "(4,) or (2, 4)", "(2,)"]),
-        (ValueError, {"alibi_slopes": jnp.ones((4, 2))}, ["alibi_slopes", "(2, 4)", "(4, 2)"]),
+        (ValueError, {"alibi_slopes": ones(2)}, ["alibi_slopes", "(4,) or (2, 4)", "(2,)"]),
+        (ValueError, {"alibi_slopes": ones((4, 2))}, ["alibi_slopes", "(2, 4)", "(4, 2)"]),
         (TypeError, {"sinks": SLOPES.astype(jnp.int32)}, ["sinks", "float32", "int32"]),
-        (ValueError, {"sinks": jnp.ones((2, 4))}, ["sinks", "(4,)", "(2, 4)"]),
-        (TypeError, {"bias": jnp.zeros((1, 1, 6, 5), jnp.bfloat16)}, ["bias", "bfloat16"]),
-        (ValueError, {"bias": jnp.zeros((6, 5))}, ["bias", "(2, 4, 6, 5)", "(6, 5)"]),
-        (ValueError, {"bias": jnp.zeros((1, 2, 6, 5))}, ["bias", "(2, 4, 6, 5)", "(1, 2, 6, 5)"]),
+        (ValueError, {"sinks": ones((2, 4))}, ["sinks", "(4,)", "(2, 4)"]),
+        (TypeError, {"bias": zeros((1, 1, 6, 5), jnp.bfloat16)}, ["bias", "bfloat16"]),
+        (ValueError, {"bias": zeros((6, 5))}, ["bias", "(2, 4, 6, 5)", "(6, 5)"]),
+        (ValueError, {"bias": zeros((1, 2, 6, 5))}, ["bias", "(2, 4, 6, 5)", "(1, 2, 6, 5)"]),
         (TypeError, {"bias": [[1.0]]}, ["bias", "array", "list"]),
         (ValueError, {"differentiation": "both"}, ["differentiation", "'both'", "'reverse'"]),
         (ValueError, {"dropout_rate": 0.1}, ["dropout_rate 0.1", "dropout_key"]),
@@ -145,7 +160,7 @@ SLOPES = jnp.ones(4)
         (TypeError, {"dropout_rate": 0.1, "dropout_key": 7}, ["dropout_key", "jax.random", "int"]),
         (
             TypeError,
-            {"dropout_rate": 0.1, "dropout_key": jnp.ones(2)},
+            {"dropout_rate": 0.1, "dropout_key": ones(2)},
             ["dropout_key", "uint32", "float32"],
         ),
         (
@@ -155,7 +170,7 @@ SLOPES = jnp.ones(4)
         ),
         (
             ValueError,
-            {"dropout_rate": 0.1, "dropout_key": jnp.ones(3, jnp.uint32)},
+            {"dropout_rate": 0.1, "dropout_key": ones(3, jnp.uint32)},
             ["dropout_key", "(2,)", "(3,)"],
         ),
     ],
@@ -165,14 +180,17 @@ def test_features(error, options, words):
     _refuses(error, words, Q, K, K, **options)
 
 
-def test_bias_is_refused_by_name_when_lowered_for_cuda(monkeypatch):
+@pytest.mark.parametrize("attend", [flash_attention, attention_forward, attention_backward])
+def test_bias_is_refused_by_name_when_lowered_for_cuda(attend, monkeypatch):
     """Lowering needs no GPU and not the extension itself, so the refusal is seen here too."""
     monkeypatch.setitem(_native.modules, "CUDA", _native.modules["cpu"])
     x = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.bfloat16)
-    run = jax.jit(lambda q, bias: flash_attention(q, q, q, bias=bias))
+    lse = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)
+    given = [x, x, x] + ([x, lse, lse] if attend is attention_backward else [])
+    traced = jax.jit(attend).trace(*given, bias=bias)
     with pytest.raises(NotImplementedError, match="CUDA does not support bias"):
-        run.trace(x, bias).lower(lowering_platforms=("cuda",))
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def test_a_traced_scale_is_refused():
