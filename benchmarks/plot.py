@@ -17,6 +17,7 @@ def gpu() -> None:
     rows = [row for row in data["rows"] if "tflops" in row and "s" in row]
     matmul = next(r["tflops"] for r in data["rows"] if r.get("case") == "matmul 8192^3")
     for d in sorted({row["d"] for row in rows}):
+        lengths = sorted({row["s"] for row in rows if row["d"] == d})
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
         for panel, mode in zip(panels, ("forward", "backward")):
             for name, color in COLORS.items():
@@ -30,6 +31,7 @@ def gpu() -> None:
                     panel.plot(*zip(*sorted(found)), style, color=color, label=label)
             panel.axhline(matmul, color="tab:red", linewidth=0.8, label="8192³ matrix product")
             panel.set_xscale("log", base=2)
+            panel.set_xticks(lengths, [str(s) for s in lengths])
             panel.set_title(f"{mode}, head dim {d}")
             panel.set_xlabel("sequence length")
             panel.grid(alpha=0.3)
