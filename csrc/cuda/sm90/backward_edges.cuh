@@ -56,6 +56,24 @@ __global__ void __launch_bounds__(kPrepareThreads)
   atomicMax(&w.key_range[b].y, all.max_hi);
 }
 
+// Of an accumulator's four groups of eight columns, of which each of four lanes holds two columns
+// of 16 bits: the one with this lane's number, whole.
+__device__ __forceinline__ uint4 whole_group(const uint32_t (&groups)[4]) {
+  const int mine = threadIdx.x % 4;
+  uint32_t from[4];
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int other = mine ^ step;  // gets its group, and has a piece of this lane's
+    const uint32_t low = other & 1 ? groups[1] : groups[0];
+    const uint32_t high = other & 1 ? groups[3] : groups[2];
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, other & 2 ? high : low, step);
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      if (q == other) from[q] = got;
+  }
+  return make_uint4(from[0], from[1], from[2], from[3]);
+}
+
 // Grid: one block of 128 threads per 64 x 64 piece of dq, in the order of the accumulators. Four
 // lanes hold eight columns of a row; they trade pieces so that each writes 16 bytes.
 template <class T, int kRows, int kWidth>

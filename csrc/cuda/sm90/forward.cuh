@@ -115,9 +115,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       rows.largest[h] = -INFINITY;
       rows.sum[h] = 0;
       if constexpr (S::kShaped) {
-        const int i = info.at.row + row;
+        const int at = info.at.row + row;
         rows.position[h] =
-            i < p.n.sq ? aligned_position(p.features, p.mask, p.n, info.at.b, i) : row;
+            at < p.n.sq ? aligned_position(p.features, p.mask, p.n, info.at.b, at) : row;
       }
     }
     const int64_t head = head_index(p.n, info.at);

@@ -34,24 +34,6 @@ __device__ __forceinline__ void load_tile(T* shared, const CUtensorMap* map, uin
     ptx::tma_load(shared + c * kRows * kChunk, map, full, c * kChunk, head, row, b);
 }
 
-// Of an accumulator's four groups of eight columns, of which each of four lanes holds two columns
-// of 16 bits: the one with this lane's number, whole.
-__device__ __forceinline__ uint4 whole_group(const uint32_t (&groups)[4]) {
-  const int mine = threadIdx.x % 4;
-  uint32_t from[4];
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const int other = mine ^ step;  // gets its group, and has a piece of this lane's
-    const uint32_t low = other & 1 ? groups[1] : groups[0];
-    const uint32_t high = other & 1 ? groups[3] : groups[2];
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, other & 2 ? high : low, step);
-#pragma unroll
-    for (int q = 0; q < 4; ++q)
-      if (q == other) from[q] = got;
-  }
-  return make_uint4(from[0], from[1], from[2], from[3]);
-}
-
 __device__ __forceinline__ int warp_min(int x) { return __reduce_min_sync(0xffffffffu, x); }
 __device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
