@@ -71,7 +71,7 @@ def _check_cuda(query, bias) -> None:
         )
     if not is_absent(bias):
         raise NotImplementedError(
-            "flash_attention on CUDA does not support bias yet; use implementation='reference'."
+            "CUDA does not support bias yet; flash_attention(implementation='reference') does."
         )
 
 
