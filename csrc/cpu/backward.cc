@@ -70,60 +70,53 @@ struct BackwardBuffers {
   }
 };
 
-// Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
-template <class M, bool kPartial, bool kFeatured>
-inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
-                            const TileFeatures<typename M::Acc>* features, typename M::Acc* dbias,
-                            int vector, int64_t j0, int64_t count, typename M::Acc c) {
+// Probabilities from the given lse, and dS = P (dP - delta), for one vector of a panel's rows.
+template <class M, bool kFeatured>
+inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, const Panel& panel,
+                            const TileFeatures<typename M::Acc>& features, typename M::Acc* dbias,
+                            int vector) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   const int at = vector * L;
   LaneInts<Acc> lo{}, hi{};
-  if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
+  lane_limits<Acc>(rows, vector, features.j0, &lo, &hi);
   const Vec<Acc> lse = load(t.lse + at), delta = load(t.delta + at);
   [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes;
-  if constexpr (kFeatured) lanes = LaneFeatures<M>(*features, vector);
-  const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
-    const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
-    if constexpr (kFeatured) {
-      Vec<Acc> steepness;
-      *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
-      if (dbias) {
-        if constexpr (kPartial) *ds = lanes_that_see(lo, hi, j) ? *ds : Vec<Acc>{};
-        Acc* const to = dbias + j * kRows + at;
-        store(to, t.bias_sum ? load(to) + *ds : *ds);
+  if constexpr (kFeatured) lanes = LaneFeatures<M>(features, vector);
+  for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
+    const auto seen = [&](int64_t j, Vec<Acc> x) {
+      if constexpr (partial.value) x = lanes_that_see(lo, hi, j) ? x : Vec<Acc>{};
+      return x;
+    };
+    const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
+      const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
+      if constexpr (kFeatured) {
+        Vec<Acc> steepness;
+        *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
+        if (dbias) {
+          Acc* const to = dbias + j * kRows + at;
+          store(to, t.bias_sum ? load(to) + seen(j, *ds) : seen(j, *ds));
+        }
+        *ds *= steepness;
+        *p = lanes.kept(*p, j);
+      } else {
+        *p = exp2<M::kExpTerms>(score * features.scale - lse);
+        *ds = *p * (dprob - delta);
       }
-      *ds *= steepness;
-      *p = lanes.kept(*p, j);
-    } else {
-      *p = exp2<M::kExpTerms>(score * c - lse);
-      *ds = *p * (dprob - delta);
-    }
-    if constexpr (kPartial) {
-      const auto sees = lanes_that_see(lo, hi, j);
-      *p = sees ? *p : Vec<Acc>{};
-      *ds = sees ? *ds : Vec<Acc>{};
-    }
-  };
-  if constexpr (M::kDepth == 1) {
-    for (int64_t j = 0; j < count; ++j) {
-      Vec<Acc> p, ds;
-      one(j, &p, &ds);
-      store(t.p + j * kRows + at, p);
-      store(t.ds + j * kRows + at, ds);
-    }
-  } else {
-    for (int64_t j = 0; j < count; j += 2) {
-      Vec<Acc> p[2] = {}, ds[2] = {};
-      one(j, &p[0], &ds[0]);
-      if (j + 1 < count) one(j + 1, &p[1], &ds[1]);
-      for (int h = 0; h < 2; ++h) {
+      *p = seen(j, *p);
+      *ds = seen(j, *ds);
+    };
+    for (int64_t j = begin; j < end; j += M::kDepth) {
+      Vec<Acc> p[M::kDepth] = {}, ds[M::kDepth] = {};
+      for (int h = 0; h < M::kDepth && j + h < end; ++h) one(j + h, &p[h], &ds[h]);
+      for (int h = 0; h < M::kDepth; ++h) {
         store_narrow(t.p + (j + h) * kRows + at, p[h]);
         store_narrow(t.ds + (j + h) * kRows + at, ds[h]);
       }
-      store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
+      if constexpr (M::kDepth == 2)
+        store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
     }
-  }
+  });
 }
 
 // The three gradient products over visible pairs only (S13): used when a partial tile meets a value
@@ -131,14 +124,14 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
 template <class M>
 inline void add_visible_gradients(const BackwardBuffers<M>& t,
                                   const KeyGradients<typename M::Acc>& to, const Rows& rows,
-                                  const Sizes& n, int64_t j0, int64_t count) {
+                                  const Panel& panel, const Sizes& n, int64_t j0) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const auto row_element = [&](const typename M::T* x, int64_t width, int l, int64_t e) {
     return static_cast<Acc>(to_float(x[l / D * D * padded_dim(width) + e * D + l % D]));
   };
-  for (int l = 0; l < rows.count; ++l) {
-    for (int64_t j = 0; j < count; ++j) {
+  for (int l = panel.row; l < panel.row + panel.rows; ++l) {
+    for (int64_t j = panel.begin; j < panel.end; ++j) {
       if (!visible(rows.visible[l], j0 + j)) continue;
       const Acc p = to_float(t.p[j * kRows + l]), ds = to_float(t.ds[j * kRows + l]);
       for (int64_t e = 0; e < n.dv; ++e)
@@ -166,44 +159,50 @@ inline void pack_tile(const BackwardParams& p, const BackwardBuffers<M>& t, cons
   fill(t.dquery, even(n.d) * kRows, Acc(0));
 }
 
-// What one tile of rows and one packed tile of keys add to the three gradients.
-template <class Storage, bool kFeatured, class M>
+// What one tile of rows and keys [j0, j0 + count), packed, add to the three gradients.
+template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                      const KeyGradients<typename M::Acc>& to, const Rows& rows,
-                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
-                     bool partial, int64_t j0, int64_t count) {
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
+                     int64_t count, const Finite& keys_are_finite) {
   using Acc = typename M::Acc;
-  constexpr int D = M::kDepth;
+  constexpr int D = M::kDepth, L = kLanes<Acc>;
   const Sizes& n = p.n;
-  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
-  const int64_t row_steps = vectors * kLanes<Acc> / D;
-  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
-                                 t.query_col, kRows * D, t.score, kRows);
-  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.dv, D), t.value, even(n.dv),
-                                 t.dout_col, kRows * D, t.dprob, kRows);
-  const Acc c = exponent_scale<Acc>(p.scale);
-  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b), j0, count, c,
+  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b),
+                               j0,         count,    exponent_scale<Acc>(p.scale),
                                t.bias,     t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
   Acc* dbias = nullptr;
   if constexpr (kFeatured)
     dbias = t.bias_sum ? t.bias_sum + j0 * kRows : is_bias_per_pair(p) ? t.dbias : nullptr;
-  for (int x = 0; x < vectors; ++x) {
-    if (partial)
-      score_gradients<M, true, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
-    else
-      score_gradients<M, false, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
-  }
+  if (dbias == t.dbias && classify(rows.limits, j0, j0 + count) == TileClass::kPartial)
+    fill(t.dbias, count * kRows, Acc(0));
+  for_panels(rows, j0, count, [&](const Panel& panel) {
+    const int vectors = static_cast<int>(ceil_div(panel.rows, L));
+    const int64_t keys = panel.end - panel.begin, row_steps = vectors * L / D;
+    const int64_t at = panel.begin * kRows + panel.row;  // of scores, and of P and dS by key
+    const int64_t key_at = panel.begin * even(n.d);
+    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.d, D), t.key + key_at, even(n.d),
+                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows);
+    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.dv, D),
+                                   t.value + panel.begin * even(n.dv), even(n.dv),
+                                   t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows);
+    for (int x = 0; x < vectors; ++x)
+      score_gradients<M, kFeatured>(t, rows, panel, tile, dbias, panel.row / L + x);
+    if (panel.partial() && !(rows.finite && keys_are_finite()))
+      return add_visible_gradients<M>(t, to, rows, panel, n, j0);
+    matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.dv) / L, row_steps, t.p + at, kRows,
+                                  t.dout_row + panel.row * padded_dim(n.dv), padded_dim(n.dv) * D,
+                                  to.dv(j0 + panel.begin), to.pitch);
+    matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.d) / L, row_steps, t.ds + at, kRows,
+                                  t.query_row + panel.row * padded_dim(n.d), padded_dim(n.d) * D,
+                                  to.dk(j0 + panel.begin), to.pitch);
+    matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(keys, D), t.key_pairs + key_at,
+                                 even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
+                                 kRows * D, t.dquery + panel.row, kRows);
+  });
   if constexpr (kFeatured)
     if (dbias == t.dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
-  if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
-    return add_visible_gradients<M>(t, to, rows, n, j0, count);
-  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
-                                t.dout_row, padded_dim(n.dv) * D, to.dv(j0), to.pitch);
-  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.d) / kLanes<Acc>, row_steps, t.ds, kRows,
-                                t.query_row, padded_dim(n.d) * D, to.dk(j0), to.pitch);
-  matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(count, D), t.key_pairs, even(n.d) * D,
-                               t.ds_pairs, kRows * D, t.dquery, kRows);
 }
 
 template <class M, class Storage, bool kFeatured>
@@ -235,14 +234,15 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
     pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
     if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
+    const OnceKnown keys_are_finite(
+        [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
     for (int64_t x = 0; x < tiles; ++x) {
-      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind == TileClass::kSkip) continue;
+      if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
       if (end[x] == 0) begin[x] = j0;
       end[x] = j0 + reached;
-      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g,
-                                   kind == TileClass::kPartial, j0, reached);
+      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
+                                   reached, keys_are_finite);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
