@@ -241,6 +241,7 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
       if (end[x] == 0) begin[x] = j0;
       end[x] = j0 + reached;
+      to.reach(j0, j0 + reached);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
                                    reached, keys_are_finite);
     }
@@ -261,6 +262,20 @@ inline int64_t tiles_per_group(const Sizes& n) {
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
+// Calls body(first, count) for groups of up to `per_group` of `all` tiles: those of one part. It
+// has a run of early ones and a run of late ones: under a causal mask every part has as much to do,
+// and neighbours, which see the same keys, are in one part.
+template <class Body>
+inline void for_share(int64_t all, int64_t per_group, int64_t part, int64_t parts,
+                      const Body& body) {
+  const int64_t run = ceil_div(ceil_div(all, 2 * parts), per_group) * per_group;
+  for (const int64_t place : {part, 2 * parts - 1 - part}) {
+    const int64_t end = min64(all, (place + 1) * run);
+    for (int64_t first = place * run; first < end; first += per_group)
+      body(first, min64(per_group, end - first));
+  }
+}
+
 // dQ, and each task's share of dK and dV: a task has part of the query tiles of one key head.
 template <class M, class Storage, bool kFeatured>
 void add_shares(const BackwardParams& p, Executor& executor) {
@@ -277,14 +292,11 @@ void add_shares(const BackwardParams& p, Executor& executor) {
         const int64_t part = index % x.p.parts, g = index / x.p.parts % n.g,
                       b = index / x.p.parts / n.g;
         const KeyGradients<typename M::Acc> to(x.p, part, b, g);
-        to.clear(n);
-        // Cyclic shares: under a causal mask every part gets short and long rows.
-        const int64_t all = x.map.tiles();
-        for (int64_t first = part * x.per_group; first < all; first += x.p.parts * x.per_group) {
-          const int64_t tiles = min64(x.per_group, all - first);
+        to.clear();
+        for_share(x.map.tiles(), x.per_group, part, x.p.parts, [&](int64_t first, int64_t tiles) {
           backward_group<M, Storage, kFeatured>(
               x.p, x.map, thread_buffers<BackwardBuffers<M>>(n, tiles), to, b, g, first, tiles);
-        }
+        });
       },
       &context);
 }
@@ -314,9 +326,8 @@ void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
                       b0 = index / x.p.parts / x.owners.g;
         const AxisRange bs(bias.b, b0, n.b), gs(bias.g, g0, n.g);
         for_pairs(bs, gs,
-                  [&](int64_t b, int64_t g) { KeyGradients<Acc>(x.p, part, b, g).clear(n); });
-        for (int64_t i = part * x.per_group; i < x.per_head; i += x.p.parts * x.per_group) {
-          const int64_t tiles = min64(x.per_group, x.per_head - i);
+                  [&](int64_t b, int64_t g) { KeyGradients<Acc>(x.p, part, b, g).clear(); });
+        for_share(x.per_head, x.per_group, part, x.p.parts, [&](int64_t i, int64_t tiles) {
           const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles, true);
           for (int64_t r0 = 0; r0 < (bias.r ? n.r : 1); ++r0) {
             const AxisRange rs(bias.r, r0, n.r);
@@ -331,7 +342,7 @@ void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
               write_bias_rows<Storage>(x.p, buffers.of_tile(t).bias_sum, (i + t) * kRows,
                                        b0 * bias.b + g0 * bias.g + r0 * bias.r);
           }
-        }
+        });
       },
       &context);
 }

@@ -210,6 +210,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
   using M = typename MathOf<Storage>::type;
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
+  const auto* q = static_cast<const Storage*>(p.q);
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
   const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
@@ -222,7 +223,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
     all = unite(all, rows[x].limits);
     const auto t = buffers.of_tile(x);
-    pack_columns<M>(static_cast<const Storage*>(p.q), rows[x], n, b, g, n.d, p.scale < 0, t.query);
+    pack_columns<M>(q, rows[x], n, b, g, n.d, p.scale < 0, t.query);
     fill(t.max, kRows, -std::numeric_limits<Acc>::infinity());
     fill(t.sum, kRows, Acc(0));
     fill(t.out, even(n.dv) * kRows, Acc(0));

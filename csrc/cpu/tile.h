@@ -56,7 +56,7 @@ struct RowMap {
   int64_t tiles() const { return ceil_div(r * pitch, kRows); }
 };
 
-constexpr int64_t kMostTiles = 4;  // of rows, in a task
+constexpr int64_t kMostTiles = 8;  // of rows, in a task
 
 // How many tiles of rows share one packed tile of keys, where a task only writes rows: what stays
 // in the L2 cache, with `width` accumulators a row, and leaves enough tasks for many threads.
@@ -155,19 +155,6 @@ inline int64_t stat_offset(const Rows& rows, const Sizes& n, int64_t b, int64_t 
   return ((b * n.g + g) * n.r + rows.head[l]) * n.sq + rows.i[l];
 }
 
-template <class Storage>
-inline void prefetch_row(const Storage* row, int64_t width) {
-  for (int64_t c = 0; c < width; c += 64 / sizeof(Storage)) __builtin_prefetch(row + c);
-}
-
-// Lanes [l0, l1) of a tile, as far as it has them: the rows lie far apart.
-template <class Storage>
-inline void prefetch_rows(const Storage* src, const Rows& rows, const Sizes& n, int64_t b,
-                          int64_t g, int l0, int l1, int64_t width) {
-  for (int l = l0; l < l1 && l < rows.count; ++l)
-    if (rows.head[l] >= 0) prefetch_row(src + row_offset(rows, n, b, g, l, width), width);
-}
-
 inline float negated(float x) { return -x; }
 inline double negated(double x) { return -x; }
 inline bf16 negated(bf16 x) { return static_cast<bf16>(x ^ 0x8000); }
@@ -224,11 +211,13 @@ inline void pack_row_pair(const Storage* first, const Storage* second, int64_t c
 template <class M, class Storage>
 inline void pack_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
                       int64_t count, int64_t width, typename M::T* dst) {
-  // The rows of the next tile are asked for now: their cache lines are far apart.
-  const int64_t pitch = n.g * width, ahead = min64(kTileKeys, n.sk - j0 - count) * pitch;
+  const auto key = [&](int64_t j) { return src + ((b * n.sk + j0 + j) * n.g + g) * width; };
+  // Rows are asked for before their turn: their cache lines are far apart.
+  constexpr int64_t kAhead = 8;
   for (int64_t j = 0; j < count; ++j) {
-    const Storage* row = src + ((b * n.sk + j0 + j) * n.g + g) * width;
-    prefetch_row(row + ahead, width);
+    const Storage* row = key(j);
+    const Storage* next = key(min64(j + kAhead, count - 1));
+    for (int64_t c = 0; c < width; c += 64 / sizeof(Storage)) __builtin_prefetch(next + c);
     pack_row<M>(row, width, even(width), dst + j * even(width));
   }
   fill(dst + count * even(width), (even(count) - count) * even(width), typename M::T(0));
@@ -267,7 +256,6 @@ inline void pack_columns(const Storage* src, const Rows& rows, const Sizes& n, i
   const int64_t whole = width / D / L * L;  // units that fill vectors
   for (int l0 = 0; l0 < kRows; l0 += L) {
     const Storage* row[L];
-    prefetch_rows(src, rows, n, b, g, l0 + L, l0 + 2 * L, width);
     for (int l = 0; l < L; ++l)
       row[l] = rows.head[l0 + l] < 0 ? nullptr : src + row_offset(rows, n, b, g, l0 + l, width);
     for (int64_t c = 0; c < whole; c += L) {
@@ -299,7 +287,6 @@ inline void write_columns(const Acc* columns, const Acc* factor, const Rows& row
                           int64_t b, int64_t g, int64_t width, Storage* dst) {
   constexpr int L = kLanes<Acc>;
   for (int l0 = 0; l0 < rows.count; l0 += L) {
-    prefetch_rows(dst, rows, n, b, g, l0 + L, l0 + 2 * L, width);
     for (int64_t c = 0; c < width; c += L) {
       Vec<Acc> square[L];
       for (int u = 0; u < L; ++u)

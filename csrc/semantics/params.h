@@ -125,7 +125,7 @@ struct BackwardParams {
   void *dq, *dk, *dv;
   void* dbias;         // of the shape of features.bias
   bool deterministic;  // S14: bitwise repeatable
-  // CPU: accumulators [b, g, parts, sk + odd, padded(d) + padded(dv)]. CUDA: a workspace.
+  // CPU: accumulators [b, g, parts, sk + odd + 1, padded(d) + padded(dv)]. CUDA: a workspace.
   void* scratch;
   int64_t parts;
 };
