@@ -8,7 +8,6 @@
 //
 // kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in the lse.
 #include "cpu/bias_gradient.h"
-#include "cpu/key_gradients.h"
 #include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
@@ -70,11 +69,20 @@ struct BackwardBuffers {
   }
 };
 
+// Where dS of a tile goes for the gradient of a bias: keys down, `step` from one to the next. Rows
+// lie side by side, or with a step of one vector in the same lanes, to be added up.
+template <class Acc>
+struct BiasSums {
+  Acc* to;  // null: nowhere
+  int64_t step;
+  bool add;
+};
+
 // Probabilities from the given lse, and dS = P (dP - delta), for one vector of a panel's rows.
 template <class M, bool kFeatured>
 inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, const Panel& panel,
-                            const TileFeatures<typename M::Acc>& features, typename M::Acc* dbias,
-                            int vector) {
+                            const TileFeatures<typename M::Acc>& features,
+                            const BiasSums<typename M::Acc>& sums, int vector) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   const int at = vector * L;
@@ -93,9 +101,9 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, const
       if constexpr (kFeatured) {
         Vec<Acc> steepness;
         *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
-        if (dbias) {
-          Acc* const to = dbias + j * kRows + at;
-          store(to, t.bias_sum ? load(to) + seen(j, *ds) : seen(j, *ds));
+        if (sums.to) {
+          Acc* const to = sums.to + j * sums.step + (sums.step == L ? 0 : at);
+          store(to, sums.add ? load(to) + seen(j, *ds) : seen(j, *ds));
         }
         *ds *= steepness;
         *p = lanes.kept(*p, j);
@@ -172,11 +180,14 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                                j0,         count,    exponent_scale<Acc>(p.scale),
                                t.bias,     t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
-  Acc* dbias = nullptr;
-  if constexpr (kFeatured)
-    dbias = t.bias_sum ? t.bias_sum + j0 * kRows : is_bias_per_pair(p) ? t.dbias : nullptr;
-  if (dbias == t.dbias && classify(rows.limits, j0, j0 + count) == TileClass::kPartial)
-    fill(t.dbias, count * kRows, Acc(0));
+  BiasSums<Acc> sums{};
+  if constexpr (kFeatured) {
+    if (t.bias_sum) sums = {t.bias_sum + j0 * kRows, kRows, true};
+    if (is_bias_per_pair(p)) sums = {t.dbias, kRows, false};
+    if (is_bias_per_key(p)) sums = {t.dbias, L, true};
+    const bool full = classify(rows.limits, j0, j0 + count) == TileClass::kFull;
+    if (sums.to == t.dbias && (sums.add || !full)) fill(t.dbias, count * sums.step, Acc(0));
+  }
   for_panels(rows, j0, count, [&](const Panel& panel) {
     const int vectors = static_cast<int>(ceil_div(panel.rows, L));
     const int64_t keys = panel.end - panel.begin, row_steps = vectors * L / D;
@@ -188,7 +199,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                                    t.value + panel.begin * even(n.dv), even(n.dv),
                                    t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows);
     for (int x = 0; x < vectors; ++x)
-      score_gradients<M, kFeatured>(t, rows, panel, tile, dbias, panel.row / L + x);
+      score_gradients<M, kFeatured>(t, rows, panel, tile, sums, panel.row / L + x);
     if (panel.partial() && !(rows.finite && keys_are_finite()))
       return add_visible_gradients<M>(t, to, rows, panel, n, j0);
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.dv) / L, row_steps, t.p + at, kRows,
@@ -201,8 +212,10 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                                  even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
                                  kRows * D, t.dquery + panel.row, kRows);
   });
-  if constexpr (kFeatured)
-    if (dbias == t.dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
+  if constexpr (kFeatured) {
+    if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
+    if (is_bias_per_key(p)) add_key_biases(p, to, t.dbias, rows, j0, count);
+  }
 }
 
 template <class M, class Storage, bool kFeatured>
@@ -283,7 +296,8 @@ void add_shares(const BackwardParams& p, Executor& executor) {
     const BackwardParams& p;
     RowMap map;
     int64_t per_group;
-  } context{p, RowMap(p.n), tiles_per_group(p.n)};
+  } context{p, is_bias_per_key(p) ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
+            tiles_per_group(p.n)};
   executor.run(
       p.n.b * p.n.g * p.parts, 5 * score_work(p.n),
       [](void* data, int64_t index) {
@@ -306,7 +320,7 @@ void add_shares(const BackwardParams& p, Executor& executor) {
 template <class M, class Storage>
 void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
   using Acc = typename M::Acc;
-  constexpr int64_t kBytes = 1 << 20;  // of sums: they stay in the L2 cache
+  constexpr int64_t kBytes = 2 << 20;  // of sums
   struct Context {
     const BackwardParams& p;
     RowMap map;

@@ -1,4 +1,5 @@
-// dK and dV: every task of the backward sums a share of its own, a second loop adds the shares up.
+// dK, dV and the gradient of a bias per key: every task of the backward sums a share of its own, a
+// second loop adds the shares up.
 #pragma once
 
 #include "cpu/tile.h"
@@ -6,17 +7,19 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
-// Accumulators of one task: row j holds dK in [0, padded(d)) and dV behind it. The row behind the
+// Accumulators of one task: row j holds dK in [0, padded(d)), dV behind it, and behind that, where
+// there is a bias per key, the gradients of key j's biases. The row behind the
 // last key holds a flag for each block of keys: whether the task has reached it. The rest of the
 // block is memory as it came until then.
 template <class Acc>
 struct KeyGradients {
   Acc* base;
-  int64_t rows, pitch, dv_at, block;
+  int64_t rows, pitch, dv_at, bias_at, block;
   KeyGradients(const BackwardParams& p, int64_t part, int64_t b, int64_t g)
       : rows(even(p.n.sk)),
-        pitch(padded_dim(p.n.d) + padded_dim(p.n.dv)),
+        pitch(accumulator_columns(p)),
         dv_at(padded_dim(p.n.d)),
+        bias_at(dv_at + padded_dim(p.n.dv)),
         block(keys_per_block(p.n)) {
     const int64_t share = (b * p.n.g + g) * p.parts + part;
     base = static_cast<Acc*>(p.scratch) + share * (rows + 1) * pitch;
@@ -39,7 +42,16 @@ struct KeyGradients {
   bool has_reached(int64_t j) const { return dk(rows)[j / block] != 0; }
   Acc* dk(int64_t j) const { return base + j * pitch; }
   Acc* dv(int64_t j) const { return base + j * pitch + dv_at; }
+  Acc* dbias(int64_t j) const { return base + j * pitch + bias_at; }
 };
+
+// The first part of the tasks of a key head that reached key j; p.parts if none did.
+template <class Acc>
+inline int64_t first_part(const BackwardParams& p, int64_t b, int64_t g, int64_t j) {
+  int64_t part = 0;
+  while (part < p.parts && !KeyGradients<Acc>(p, part, b, g).has_reached(j)) ++part;
+  return part;
+}
 
 // Adds the shares of the tasks that reached the block of keys [j0, j1), in order and in the memory
 // of the first, scales, and rounds.
@@ -47,28 +59,26 @@ template <class Acc, class Storage>
 void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int64_t j1) {
   constexpr int L = kLanes<Acc>;
   const Sizes& n = p.n;
-  const int64_t dv_at = padded_dim(n.d), pitch = dv_at + padded_dim(n.dv);
-  Acc* sum = nullptr;
-  for (int64_t part = 0; part < p.parts; ++part) {
+  const int64_t first = first_part<Acc>(p, b, g, j0);
+  const KeyGradients<Acc> sum(p, first, b, g);
+  for (int64_t part = first + 1; part < p.parts; ++part) {
     const KeyGradients<Acc> share(p, part, b, g);
     if (!share.has_reached(j0)) continue;
+    Acc* const to = sum.dk(j0);
     const Acc* const from = share.dk(j0);
-    if (sum)
-      for (int64_t x = 0; x < (j1 - j0) * pitch; x += L)
-        store(sum + x, load(sum + x) + load(from + x));
-    else
-      sum = share.dk(j0);
+    for (int64_t x = 0; x < (j1 - j0) * sum.pitch; x += L)
+      store(to + x, load(to + x) + load(from + x));
   }
-  const auto write = [&](int64_t j, int64_t at, int64_t width, Acc factor, Storage* to) {
+  const auto write = [&](const Acc* from, int64_t width, Acc factor, Storage* to) {
     for (int64_t e = 0; e < width; e += L) {
-      const Vec<Acc> x = sum ? load(sum + (j - j0) * pitch + at + e) : Vec<Acc>{};
+      const Vec<Acc> x = first < p.parts ? load(from + e) : Vec<Acc>{};
       store_some<Acc>(to + e, width - e, x * factor);
     }
   };
   for (int64_t j = j0; j < j1; ++j) {
     const int64_t row = (b * n.sk + j) * n.g + g;
-    write(j, 0, n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
-    write(j, dv_at, n.dv, static_cast<Acc>(kept_scale(p.features)),
+    write(sum.dk(j), n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
+    write(sum.dv(j), n.dv, static_cast<Acc>(kept_scale(p.features)),
           static_cast<Storage*>(p.dv) + row * n.dv);
   }
 }
