@@ -282,7 +282,8 @@ template <class Body>
 inline void for_share(int64_t all, int64_t per_group, int64_t part, int64_t parts,
                       const Body& body) {
   const int64_t run = ceil_div(ceil_div(all, 2 * parts), per_group) * per_group;
-  for (const int64_t place : {part, 2 * parts - 1 - part}) {
+  const int64_t places[] = {part, 2 * parts - 1 - part};
+  for (const int64_t place : places) {
     const int64_t end = min64(all, (place + 1) * run);
     for (int64_t first = place * run; first < end; first += per_group)
       body(first, min64(per_group, end - first));

@@ -91,6 +91,7 @@ inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename
                                                 rescale ? rescale + n * L : nullptr);
     n += width.value;
   };
+  // Where accumulators are loaded too, narrow tiles were faster, by up to 9 % (Zen 4).
   constexpr int kWidest = kStart == Start::kZero ? kPanelVectors : 2;
   while (n_vectors - n >= kWidest) step(Width<kWidest>{});
   if constexpr (kWidest > 2) {

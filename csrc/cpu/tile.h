@@ -72,8 +72,8 @@ struct Rows {
   int64_t head[kRows];  // -1: no row in this lane
   int64_t i[kRows];
   Interval visible[kRows];
-  TileLimits limits, strips[kRows / kStripRows];
-  bool finite;  // backward: what was packed of these rows
+  TileLimits limits, strips[kRows / kStripRows];  // of all rows, and of each strip
+  bool finite;                                    // backward: what was packed of these rows
 };
 
 inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask, int64_t b,
@@ -102,8 +102,9 @@ inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask,
   return rows;
 }
 
-// Neighbouring strips of a tile and the keys [begin, end) of a packed tile that any of their rows
-// sees. All of them see [full_begin, full_end), which is empty or cuts off even numbers of keys.
+// Rows [row, row + rows) of a tile, whose strips see the same keys [begin, end) of a packed tile:
+// for each strip some row sees the first pair of them, and some row the last. All rows see
+// [full_begin, full_end). Bounds are even, but for the end of an odd number of packed keys.
 struct Panel {
   int row, rows;
   int64_t begin, end, full_begin, full_end;
