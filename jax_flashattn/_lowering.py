@@ -43,7 +43,8 @@ def _workspace(query, key, value) -> ShapeDtypeStruct:
 
 
 def _accumulators(query, key, value, bias) -> ShapeDtypeStruct:
-    """Of the CPU backward: one [sk, d + dv] per share of a key head's query rows.
+    """Of the CPU backward: one [sk, d + dv] per share of a key head's query rows, and a row
+    of flags.
 
     The number of shares depends on sizes only, so results do not depend on the number of threads.
     Where a [sq, sk] bias is shared, what shares it is one task per share (bias_gradient.h).
@@ -57,9 +58,12 @@ def _accumulators(query, key, value, bias) -> ShapeDtypeStruct:
         rows_per_share, wanted_tasks, rows = 128, 16, sq
         tasks = (b if bias.shape[0] > 1 else 1) * (g if bias.shape[1] > 1 else 1)
     shares = min(rows // rows_per_share, -(-wanted_tasks // max(tasks, 1)), most_shares)
-    width = sum(-(-n // 16) * 16 for n in (d, value.shape[3]))  # rows of whole vectors
+    columns = [d, value.shape[3]]
+    if not is_absent(bias) and bias.shape[2] == 1 < bias.shape[3] and bias.shape != (b, hq, sq, sk):
+        columns.append(hq // max(g, 1))  # a bias per key: its gradient lies beside dk and dv
+    width = sum(-(-n // 16) * 16 for n in columns)  # rows of whole vectors
     return ShapeDtypeStruct(
-        (b, g, max(shares, 1), sk + sk % 2, width), statistics_dtype(query.dtype)
+        (b, g, max(shares, 1), sk + sk % 2 + 1, width), statistics_dtype(query.dtype)
     )
 
 

@@ -8,7 +8,6 @@
 //
 // kFeatured is the instance for softcap, ALiBi, bias and dropout; sinks only show in the lse.
 #include "cpu/bias_gradient.h"
-#include "cpu/key_gradients.h"
 #include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
@@ -70,60 +69,62 @@ struct BackwardBuffers {
   }
 };
 
-// Probabilities from the given lse, and dS = P (dP - delta), for one vector of rows.
-template <class M, bool kPartial, bool kFeatured>
-inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
-                            const TileFeatures<typename M::Acc>* features, typename M::Acc* dbias,
-                            int vector, int64_t j0, int64_t count, typename M::Acc c) {
+// Where dS of a tile goes for the gradient of a bias: keys down, `step` from one to the next. Rows
+// lie side by side, or with a step of one vector in the same lanes, to be added up.
+template <class Acc>
+struct BiasSums {
+  Acc* to;  // null: nowhere
+  int64_t step;
+  bool add;
+};
+
+// Probabilities from the given lse, and dS = P (dP - delta), for one vector of a panel's rows.
+template <class M, bool kFeatured>
+inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, const Panel& panel,
+                            const TileFeatures<typename M::Acc>& features,
+                            const BiasSums<typename M::Acc>& sums, int vector) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   const int at = vector * L;
   LaneInts<Acc> lo{}, hi{};
-  if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
+  lane_limits<Acc>(rows, vector, features.j0, &lo, &hi);
   const Vec<Acc> lse = load(t.lse + at), delta = load(t.delta + at);
   [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes;
-  if constexpr (kFeatured) lanes = LaneFeatures<M>(*features, vector);
-  const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
-    const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
-    if constexpr (kFeatured) {
-      Vec<Acc> steepness;
-      *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
-      if (dbias) {
-        if constexpr (kPartial) *ds = lanes_that_see(lo, hi, j) ? *ds : Vec<Acc>{};
-        Acc* const to = dbias + j * kRows + at;
-        store(to, t.bias_sum ? load(to) + *ds : *ds);
+  if constexpr (kFeatured) lanes = LaneFeatures<M>(features, vector);
+  for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
+    const auto seen = [&](int64_t j, Vec<Acc> x) {
+      if constexpr (partial.value) x = lanes_that_see(lo, hi, j) ? x : Vec<Acc>{};
+      return x;
+    };
+    const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* ds) {
+      const Vec<Acc> score = load(t.score + j * kRows + at), dprob = load(t.dprob + j * kRows + at);
+      if constexpr (kFeatured) {
+        Vec<Acc> steepness;
+        *ds = featured_gradient(lanes, score, dprob, lse, delta, j, p, &steepness);
+        if (sums.to) {
+          Acc* const to = sums.to + j * sums.step + (sums.step == L ? 0 : at);
+          store(to, sums.add ? load(to) + seen(j, *ds) : seen(j, *ds));
+        }
+        *ds *= steepness;
+        *p = lanes.kept(*p, j);
+      } else {
+        *p = exp2<M::kExpTerms>(score * features.scale - lse);
+        *ds = *p * (dprob - delta);
       }
-      *ds *= steepness;
-      *p = lanes.kept(*p, j);
-    } else {
-      *p = exp2<M::kExpTerms>(score * c - lse);
-      *ds = *p * (dprob - delta);
-    }
-    if constexpr (kPartial) {
-      const auto sees = lanes_that_see(lo, hi, j);
-      *p = sees ? *p : Vec<Acc>{};
-      *ds = sees ? *ds : Vec<Acc>{};
-    }
-  };
-  if constexpr (M::kDepth == 1) {
-    for (int64_t j = 0; j < count; ++j) {
-      Vec<Acc> p, ds;
-      one(j, &p, &ds);
-      store(t.p + j * kRows + at, p);
-      store(t.ds + j * kRows + at, ds);
-    }
-  } else {
-    for (int64_t j = 0; j < count; j += 2) {
-      Vec<Acc> p[2] = {}, ds[2] = {};
-      one(j, &p[0], &ds[0]);
-      if (j + 1 < count) one(j + 1, &p[1], &ds[1]);
-      for (int h = 0; h < 2; ++h) {
+      *p = seen(j, *p);
+      *ds = seen(j, *ds);
+    };
+    for (int64_t j = begin; j < end; j += M::kDepth) {
+      Vec<Acc> p[M::kDepth] = {}, ds[M::kDepth] = {};
+      for (int h = 0; h < M::kDepth && j + h < end; ++h) one(j + h, &p[h], &ds[h]);
+      for (int h = 0; h < M::kDepth; ++h) {
         store_narrow(t.p + (j + h) * kRows + at, p[h]);
         store_narrow(t.ds + (j + h) * kRows + at, ds[h]);
       }
-      store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
+      if constexpr (M::kDepth == 2)
+        store_rounded_pairs(t.ds_pairs + j * kRows + at * 2, ds[0], ds[1]);
     }
-  }
+  });
 }
 
 // The three gradient products over visible pairs only (S13): used when a partial tile meets a value
@@ -131,14 +132,14 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows,
 template <class M>
 inline void add_visible_gradients(const BackwardBuffers<M>& t,
                                   const KeyGradients<typename M::Acc>& to, const Rows& rows,
-                                  const Sizes& n, int64_t j0, int64_t count) {
+                                  const Panel& panel, const Sizes& n, int64_t j0) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const auto row_element = [&](const typename M::T* x, int64_t width, int l, int64_t e) {
     return static_cast<Acc>(to_float(x[l / D * D * padded_dim(width) + e * D + l % D]));
   };
-  for (int l = 0; l < rows.count; ++l) {
-    for (int64_t j = 0; j < count; ++j) {
+  for (int l = panel.row; l < panel.row + panel.rows; ++l) {
+    for (int64_t j = panel.begin; j < panel.end; ++j) {
       if (!visible(rows.visible[l], j0 + j)) continue;
       const Acc p = to_float(t.p[j * kRows + l]), ds = to_float(t.ds[j * kRows + l]);
       for (int64_t e = 0; e < n.dv; ++e)
@@ -166,44 +167,55 @@ inline void pack_tile(const BackwardParams& p, const BackwardBuffers<M>& t, cons
   fill(t.dquery, even(n.d) * kRows, Acc(0));
 }
 
-// What one tile of rows and one packed tile of keys add to the three gradients.
-template <class Storage, bool kFeatured, class M>
+// What one tile of rows and keys [j0, j0 + count), packed, add to the three gradients.
+template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                      const KeyGradients<typename M::Acc>& to, const Rows& rows,
-                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
-                     bool partial, int64_t j0, int64_t count) {
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
+                     int64_t count, const Finite& keys_are_finite) {
   using Acc = typename M::Acc;
-  constexpr int D = M::kDepth;
+  constexpr int D = M::kDepth, L = kLanes<Acc>;
   const Sizes& n = p.n;
-  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
-  const int64_t row_steps = vectors * kLanes<Acc> / D;
-  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d),
-                                 t.query_col, kRows * D, t.score, kRows);
-  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.dv, D), t.value, even(n.dv),
-                                 t.dout_col, kRows * D, t.dprob, kRows);
-  const Acc c = exponent_scale<Acc>(p.scale);
-  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b), j0, count, c,
+  const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b),
+                               j0,         count,    exponent_scale<Acc>(p.scale),
                                t.bias,     t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
-  Acc* dbias = nullptr;
-  if constexpr (kFeatured)
-    dbias = t.bias_sum ? t.bias_sum + j0 * kRows : is_bias_per_pair(p) ? t.dbias : nullptr;
-  for (int x = 0; x < vectors; ++x) {
-    if (partial)
-      score_gradients<M, true, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
-    else
-      score_gradients<M, false, kFeatured>(t, rows, &tile, dbias, x, j0, count, c);
+  BiasSums<Acc> sums{};
+  if constexpr (kFeatured) {
+    if (t.bias_sum) sums = {t.bias_sum + j0 * kRows, kRows, true};
+    if (is_bias_per_pair(p)) sums = {t.dbias, kRows, false};
+    if (is_bias_per_key(p)) sums = {t.dbias, L, true};
+    const bool full = classify(rows.limits, j0, j0 + count) == TileClass::kFull;
+    if (sums.to == t.dbias && (sums.add || !full)) fill(t.dbias, count * sums.step, Acc(0));
   }
-  if constexpr (kFeatured)
-    if (dbias == t.dbias) write_score_gradients<Storage>(p, dbias, rows, b, g, j0, count);
-  if (partial && !(rows.finite && all_finite(t.key, even(count) * even(n.d))))
-    return add_visible_gradients<M>(t, to, rows, n, j0, count);
-  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.dv) / kLanes<Acc>, row_steps, t.p, kRows,
-                                t.dout_row, padded_dim(n.dv) * D, to.dv(j0), to.pitch);
-  matmul<M, false, Start::kAdd>(even(count), padded_dim(n.d) / kLanes<Acc>, row_steps, t.ds, kRows,
-                                t.query_row, padded_dim(n.d) * D, to.dk(j0), to.pitch);
-  matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(count, D), t.key_pairs, even(n.d) * D,
-                               t.ds_pairs, kRows * D, t.dquery, kRows);
+  for_panels(rows, j0, count, [&](const Panel& panel) {
+    const int vectors = static_cast<int>(ceil_div(panel.rows, L));
+    const int64_t keys = panel.end - panel.begin, row_steps = vectors * L / D;
+    const int64_t at = panel.begin * kRows + panel.row;  // of scores, and of P and dS by key
+    const int64_t key_at = panel.begin * even(n.d);
+    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.d, D), t.key + key_at, even(n.d),
+                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows);
+    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.dv, D),
+                                   t.value + panel.begin * even(n.dv), even(n.dv),
+                                   t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows);
+    for (int x = 0; x < vectors; ++x)
+      score_gradients<M, kFeatured>(t, rows, panel, tile, sums, panel.row / L + x);
+    if (panel.partial() && !(rows.finite && keys_are_finite()))
+      return add_visible_gradients<M>(t, to, rows, panel, n, j0);
+    matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.dv) / L, row_steps, t.p + at, kRows,
+                                  t.dout_row + panel.row * padded_dim(n.dv), padded_dim(n.dv) * D,
+                                  to.dv(j0 + panel.begin), to.pitch);
+    matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.d) / L, row_steps, t.ds + at, kRows,
+                                  t.query_row + panel.row * padded_dim(n.d), padded_dim(n.d) * D,
+                                  to.dk(j0 + panel.begin), to.pitch);
+    matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(keys, D), t.key_pairs + key_at,
+                                 even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
+                                 kRows * D, t.dquery + panel.row, kRows);
+  });
+  if constexpr (kFeatured) {
+    if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
+    if (is_bias_per_key(p)) add_key_biases(p, to, t.dbias, rows, j0, count);
+  }
 }
 
 template <class M, class Storage, bool kFeatured>
@@ -235,14 +247,16 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
     pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
     if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
+    const OnceKnown keys_are_finite(
+        [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
     for (int64_t x = 0; x < tiles; ++x) {
-      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind == TileClass::kSkip) continue;
+      if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
       if (end[x] == 0) begin[x] = j0;
       end[x] = j0 + reached;
-      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g,
-                                   kind == TileClass::kPartial, j0, reached);
+      to.reach(j0, j0 + reached);
+      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
+                                   reached, keys_are_finite);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
@@ -261,6 +275,21 @@ inline int64_t tiles_per_group(const Sizes& n) {
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
+// Calls body(first, count) for groups of up to `per_group` of `all` tiles: those of one part. It
+// has a run of early ones and a run of late ones: under a causal mask every part has as much to do,
+// and neighbours, which see the same keys, are in one part.
+template <class Body>
+inline void for_share(int64_t all, int64_t per_group, int64_t part, int64_t parts,
+                      const Body& body) {
+  const int64_t run = ceil_div(ceil_div(all, 2 * parts), per_group) * per_group;
+  const int64_t places[] = {part, 2 * parts - 1 - part};
+  for (const int64_t place : places) {
+    const int64_t end = min64(all, (place + 1) * run);
+    for (int64_t first = place * run; first < end; first += per_group)
+      body(first, min64(per_group, end - first));
+  }
+}
+
 // dQ, and each task's share of dK and dV: a task has part of the query tiles of one key head.
 template <class M, class Storage, bool kFeatured>
 void add_shares(const BackwardParams& p, Executor& executor) {
@@ -268,7 +297,8 @@ void add_shares(const BackwardParams& p, Executor& executor) {
     const BackwardParams& p;
     RowMap map;
     int64_t per_group;
-  } context{p, RowMap(p.n), tiles_per_group(p.n)};
+  } context{p, is_bias_per_key(p) ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
+            tiles_per_group(p.n)};
   executor.run(
       p.n.b * p.n.g * p.parts, 5 * score_work(p.n),
       [](void* data, int64_t index) {
@@ -277,14 +307,11 @@ void add_shares(const BackwardParams& p, Executor& executor) {
         const int64_t part = index % x.p.parts, g = index / x.p.parts % n.g,
                       b = index / x.p.parts / n.g;
         const KeyGradients<typename M::Acc> to(x.p, part, b, g);
-        to.clear(n);
-        // Cyclic shares: under a causal mask every part gets short and long rows.
-        const int64_t all = x.map.tiles();
-        for (int64_t first = part * x.per_group; first < all; first += x.p.parts * x.per_group) {
-          const int64_t tiles = min64(x.per_group, all - first);
+        to.clear();
+        for_share(x.map.tiles(), x.per_group, part, x.p.parts, [&](int64_t first, int64_t tiles) {
           backward_group<M, Storage, kFeatured>(
               x.p, x.map, thread_buffers<BackwardBuffers<M>>(n, tiles), to, b, g, first, tiles);
-        }
+        });
       },
       &context);
 }
@@ -294,7 +321,7 @@ void add_shares(const BackwardParams& p, Executor& executor) {
 template <class M, class Storage>
 void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
   using Acc = typename M::Acc;
-  constexpr int64_t kBytes = 1 << 20;  // of sums: they stay in the L2 cache
+  constexpr int64_t kBytes = 2 << 20;  // of sums
   struct Context {
     const BackwardParams& p;
     RowMap map;
@@ -314,9 +341,8 @@ void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
                       b0 = index / x.p.parts / x.owners.g;
         const AxisRange bs(bias.b, b0, n.b), gs(bias.g, g0, n.g);
         for_pairs(bs, gs,
-                  [&](int64_t b, int64_t g) { KeyGradients<Acc>(x.p, part, b, g).clear(n); });
-        for (int64_t i = part * x.per_group; i < x.per_head; i += x.p.parts * x.per_group) {
-          const int64_t tiles = min64(x.per_group, x.per_head - i);
+                  [&](int64_t b, int64_t g) { KeyGradients<Acc>(x.p, part, b, g).clear(); });
+        for_share(x.per_head, x.per_group, part, x.p.parts, [&](int64_t i, int64_t tiles) {
           const auto buffers = thread_buffers<BackwardBuffers<M>>(n, tiles, true);
           for (int64_t r0 = 0; r0 < (bias.r ? n.r : 1); ++r0) {
             const AxisRange rs(bias.r, r0, n.r);
@@ -331,7 +357,7 @@ void add_shares_and_bias(const BackwardParams& p, Executor& executor) {
               write_bias_rows<Storage>(x.p, buffers.of_tile(t).bias_sum, (i + t) * kRows,
                                        b0 * bias.b + g0 * bias.g + r0 * bias.r);
           }
-        }
+        });
       },
       &context);
 }

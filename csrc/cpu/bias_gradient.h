@@ -2,13 +2,14 @@
 //
 // Where every pair has a bias of its own, the backward pass writes its dS as it goes. Where batch
 // elements or heads share one, a task of that pass owns rows of the bias, takes all that read them
-// one after the other, sums dS in its thread's memory and writes the rows once. Else (rows or keys
-// share it too, or few tasks would come of it) a pass of its own does that for blocks of the bias;
-// it computes scores and dP a second time. All sums have a fixed order: no race, the same bits for
-// any number of threads.
+// one after the other, sums dS in its thread's memory and writes the rows once. Where keys have one
+// each and rows share it, it is summed beside dK and dV. Else (keys share it, or few tasks would
+// come of it) a pass of its own does that for blocks of the bias; it computes scores and dP a
+// second time. All sums have a fixed order: no race, the same bits for any number of threads.
 #pragma once
 
 #include "cpu/features.h"
+#include "cpu/key_gradients.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -36,14 +37,6 @@ inline V featured_gradient(const LaneFeatures<M>& lanes, V score, V dprob, V lse
                            int64_t j, V* p, V* steepness) {
   *p = exp2<M::kExpTerms>(lanes.score(score, j, steepness) - lse);
   return *p * (lanes.kept_and_scaled(dprob, j) - delta);
-}
-
-// Whether every pair has a bias of its own.
-inline bool is_bias_per_pair(const BackwardParams& p) {
-  const Bias& bias = p.features.bias;
-  const Sizes& n = p.n;
-  return bias.data && (bias.b || n.b == 1) && (bias.g || n.g == 1) && (bias.r || n.r == 1) &&
-         (bias.i || n.sq == 1) && (bias.j || n.sk == 1);
 }
 
 // Calls `write(element type)` with a value of the type of the bias.
@@ -131,6 +124,18 @@ struct BiasBlocks {
         i(p.features.bias.i ? ceil_div(p.n.sq, kRows) : 1),
         j(p.features.bias.j ? ceil_div(p.n.sk, kTileKeys) : 1) {}
   int64_t count() const { return b * g * r * i * j; }
+  // The block of that number, in blocks.
+  struct Place {
+    int64_t b, g, r, i, j;
+  };
+  Place place(int64_t index) const {
+    Place at;
+    at.j = index % j, index /= j;
+    at.i = index % i, index /= i;
+    at.r = index % r, index /= r;
+    at.g = index % g, at.b = index / g;
+    return at;
+  }
 };
 
 // A range of an axis: one index if the bias tells them apart, else all.
@@ -239,15 +244,9 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
   const Bias& bias = p.features.bias;
-  const auto next = [&index](int64_t count) {
-    const int64_t x = index % count;
-    index /= count;
-    return x;
-  };
-  const int64_t tile_j = next(blocks.j), tile_i = next(blocks.i), r0 = next(blocks.r),
-                g0 = next(blocks.g), b0 = index;
-  const AxisRange bs(bias.b, b0, n.b), gs(bias.g, g0, n.g), rs(bias.r, r0, n.r),
-      is(bias.i, tile_i, ceil_div(n.sq, kRows)), js(bias.j, tile_j, ceil_div(n.sk, kTileKeys));
+  const BiasBlocks::Place at = blocks.place(index);
+  const AxisRange bs(bias.b, at.b, n.b), gs(bias.g, at.g, n.g), rs(bias.r, at.r, n.r),
+      is(bias.i, at.i, ceil_div(n.sq, kRows)), js(bias.j, at.j, ceil_div(n.sk, kTileKeys));
   const RowMap map(n, RowMap::whole_tiles(n.sq));
   const auto t = thread_buffers<BiasGradientBuffers<M>>(n, 1);
   fill(t.sum, kTileKeys * kRows, Acc(0));
@@ -270,9 +269,45 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
     for (int64_t r = rs.begin; r < rs.end; ++r)
       for (int64_t i = is.begin; i < is.end; ++i) add_rows(b, g, r * ceil_div(n.sq, kRows) + i);
   });
-  const int64_t offset = b0 * bias.b + g0 * bias.g + r0 * bias.r;
+  const int64_t offset = at.b * bias.b + at.g * bias.g + at.r * bias.r;
   with_bias_type<Storage>(p, [&](auto type) {
-    write_bias_block<Acc, decltype(type)>(p, t.sum, tile_i * kRows, tile_j * kTileKeys, offset);
+    write_bias_block<Acc, decltype(type)>(p, t.sum, at.i * kRows, at.j * kTileKeys, offset);
+  });
+}
+
+// Bias per key: dS [count][lanes] of one tile of rows, all of one query head, summed over lanes.
+template <class Acc>
+inline void add_key_biases(const BackwardParams& p, const KeyGradients<Acc>& to, const Acc* ds,
+                           const Rows& rows, int64_t j0, int64_t count) {
+  constexpr int L = kLanes<Acc>;
+  const int64_t column = p.features.bias.r ? rows.head[0] : 0;
+  for (int64_t j = 0; j < count; ++j) {
+    Acc sum = 0;
+    for (int l = 0; l < L; ++l) sum += ds[j * L + l];
+    to.dbias(j0 + j)[column] += sum;
+  }
+}
+
+// Bias per key: a block of it from what `finish` made of the tasks' shares.
+template <class Storage>
+void write_key_biases(const BackwardParams& p, const BiasBlocks& blocks, int64_t index) {
+  using Acc = typename MathOf<Storage>::type::Acc;
+  const Sizes& n = p.n;
+  const Bias& bias = p.features.bias;
+  const BiasBlocks::Place at = blocks.place(index);
+  with_bias_type<Storage>(p, [&](auto type) {
+    auto* const to =
+        static_cast<decltype(type)*>(p.dbias) + at.b * bias.b + at.g * bias.g + at.r * bias.r;
+    const int64_t end = min64(n.sk, (at.j + 1) * kTileKeys);
+    for (int64_t j = at.j * kTileKeys; j < end; ++j) {
+      Acc sum = 0;
+      for_pairs(AxisRange(bias.b, at.b, n.b), AxisRange(bias.g, at.g, n.g),
+                [&](int64_t b, int64_t g) {
+                  const int64_t part = first_part<Acc>(p, b, g, j);
+                  if (part < p.parts) sum += KeyGradients<Acc>(p, part, b, g).dbias(j)[at.r];
+                });
+      round_to(sum, to + j * bias.j);
+    }
   });
 }
 
@@ -287,6 +322,7 @@ void bias_gradient(const BackwardParams& p, Executor& executor) {
       context.blocks.count(), 2 * score_work(p.n),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
+        if (is_bias_per_key(x.p)) return write_key_biases<Storage>(x.p, x.blocks, index);
         bias_gradient_block<Storage>(x.p, x.blocks, index);
       },
       &context);

@@ -54,11 +54,11 @@ struct ForwardBuffers {
   }
 };
 
-// Online softmax of `count` keys for kN vectors of rows: scores become probabilities.
-template <class M, int kN, bool kPartial, bool kFeatured>
-inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows,
-                            const TileFeatures<typename M::Acc>* features, int vector, int64_t j0,
-                            int64_t count, typename M::Acc c) {
+// Online softmax of a panel's keys for kN vectors of its rows: scores become probabilities.
+template <class M, int kN, bool kFeatured>
+inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, const Panel& panel,
+                            const TileFeatures<typename M::Acc>& features, int vector,
+                            typename M::Acc c) {
   using Acc = typename M::Acc;
   constexpr int L = kLanes<Acc>;
   constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
@@ -67,21 +67,25 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows,
   Vec<Acc> largest[kN], offset[kN], sum[kN];
   [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes[kN];
   for (int n = 0; n < kN; ++n) {
-    if constexpr (kFeatured) lanes[n] = LaneFeatures<M>(*features, vector + n);
-    if constexpr (kPartial) lane_limits<Acc>(rows, vector + n, j0, &lo[n], &hi[n]);
+    if constexpr (kFeatured) lanes[n] = LaneFeatures<M>(features, vector + n);
+    lane_limits<Acc>(rows, vector + n, features.j0, &lo[n], &hi[n]);
     largest[n] = load(t.max + (vector + n) * L);
     sum[n] = Vec<Acc>{};
   }
   const auto sees = [&](int n, int64_t j) { return lanes_that_see(lo[n], hi[n], j); };
-  for (int64_t j = 0; j < count; ++j) {
-    for (int n = 0; n < kN; ++n) {
-      Vec<Acc> x = load(s + j * kRows + n * L);
-      if constexpr (kFeatured) x = lanes[n].score(x, j);
-      if constexpr (kPartial) x = sees(n, j) ? x : splat(-kInf);
-      if constexpr (kPartial || kFeatured) store(s + j * kRows + n * L, x);
-      largest[n] = max(largest[n], x);
+  for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int n = 0; n < kN; ++n) {
+        Vec<Acc> x = load(s + j * kRows + n * L);
+        if constexpr (kFeatured) {
+          x = lanes[n].score(x, j);
+          store(s + j * kRows + n * L, x);
+        }
+        if constexpr (partial.value) x = sees(n, j) ? x : splat(-kInf);
+        largest[n] = max(largest[n], x);
+      }
     }
-  }
+  });
   for (int n = 0; n < kN; ++n) {
     const int at = (vector + n) * L;
     const Vec<Acc> before = load(t.max + at);
@@ -92,50 +96,51 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows,
     store(t.max + at, largest[n]);
     store(t.correction + at, before == nothing ? Vec<Acc>{} : correction);
   }
-  const auto probability = [&](int64_t j, int n) {
-    Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - offset[n]);
-    if constexpr (kPartial) p = sees(n, j) ? p : Vec<Acc>{};
-    sum[n] += p;
-    if constexpr (kFeatured) p = lanes[n].kept(p, j);  // the sum is of all (S12)
-    return p;
-  };
-  if constexpr (M::kDepth == 1) {
-    for (int64_t j = 0; j < count; ++j)
-      for (int n = 0; n < kN; ++n) store(s + j * kRows + n * L, probability(j, n));
-  } else {
-    for (int64_t j = 0; j < count; j += 2) {
+  for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
+    const auto probability = [&](int64_t j, int n) {
+      Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - offset[n]);
+      if constexpr (partial.value) p = sees(n, j) ? p : Vec<Acc>{};
+      sum[n] += p;
+      if constexpr (kFeatured) p = lanes[n].kept(p, j);  // the sum is of all (S12)
+      return p;
+    };
+    for (int64_t j = begin; j < end; j += M::kDepth) {
       for (int n = 0; n < kN; ++n) {
         const Vec<Acc> first = probability(j, n);
-        const Vec<Acc> second = j + 1 < count ? probability(j + 1, n) : Vec<Acc>{};
-        store_rounded_pairs(t.probability + j * kRows + (vector + n) * L * 2, first, second);
+        if constexpr (M::kDepth == 1) {
+          store(s + j * kRows + n * L, first);
+        } else {
+          const Vec<Acc> second = j + 1 < end ? probability(j + 1, n) : Vec<Acc>{};
+          store_rounded_pairs(t.probability + j * kRows + (vector + n) * L * 2, first, second);
+        }
       }
     }
-  }
+  });
   for (int n = 0; n < kN; ++n) {
     const int at = (vector + n) * L;
     store(t.sum + at, load(t.sum + at) * load(t.correction + at) + sum[n]);
   }
 }
 
-template <class M, bool kPartial, bool kFeatured>
-inline void softmax(const ForwardBuffers<M>& t, const Rows& rows,
-                    const TileFeatures<typename M::Acc>* features, int vectors, int64_t j0,
-                    int64_t count, typename M::Acc c) {
-  int n = 0;
-  for (; n + 4 <= vectors; n += 4)
-    softmax_vectors<M, 4, kPartial, kFeatured>(t, rows, features, n, j0, count, c);
-  for (; n < vectors; ++n)
-    softmax_vectors<M, 1, kPartial, kFeatured>(t, rows, features, n, j0, count, c);
+template <class M, bool kFeatured>
+inline void softmax(const ForwardBuffers<M>& t, const Rows& rows, const Panel& panel,
+                    const TileFeatures<typename M::Acc>& features, typename M::Acc c) {
+  constexpr int L = kLanes<typename M::Acc>;
+  int n = panel.row / L;
+  const int end = n + static_cast<int>(ceil_div(panel.rows, L));
+  for (; n + 4 <= end; n += 4) softmax_vectors<M, 4, kFeatured>(t, rows, panel, features, n, c);
+  for (; n < end; ++n) softmax_vectors<M, 1, kFeatured>(t, rows, panel, features, n, c);
 }
 
 // O^T += V^T P^T over visible pairs only (S13): a masked 0 must not meet a NaN or inf in V.
 template <class M, class Storage>
 inline void add_visible_values(const ForwardBuffers<M>& t, const Storage* v, const Rows& rows,
-                               const Sizes& n, int64_t b, int64_t g, int64_t j0, int64_t count) {
+                               const Panel& panel, const Sizes& n, int64_t b, int64_t g,
+                               int64_t j0) {
   using Acc = typename M::Acc;
-  for (int l = 0; l < rows.count; ++l) {
+  for (int l = panel.row; l < panel.row + panel.rows; ++l) {
     for (int64_t x = 0; x < n.dv; ++x) t.out[x * kRows + l] *= t.correction[l];
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = panel.begin; j < panel.end; ++j) {
       if (!visible(rows.visible[l], j0 + j)) continue;
       const auto p = t.probability[(j / M::kDepth * kRows + l) * M::kDepth + j % M::kDepth];
       const Storage* value = v + ((b * n.sk + j0 + j) * n.g + g) * n.dv;
@@ -171,29 +176,32 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
   write_columns<Acc>(t.out, inverse, rows, p.n, b, g, p.n.dv, static_cast<Storage*>(p.out));
 }
 
-// Scores, softmax and output of one tile of rows and one packed tile of keys.
-template <class Storage, bool kFeatured, class M>
+// Scores, softmax and output of one tile of rows and keys [j0, j0 + count), packed.
+template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
-                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
-                     bool partial, int64_t j0, int64_t count) {
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
+                     int64_t count, const Finite& values_are_finite) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const Sizes& n = p.n;
-  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
-  matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, D), t.key, even(n.d), t.query,
-                                 kRows * D, t.score, kRows);
   const Acc scale = exponent_scale<Acc>(p.scale), c = kFeatured ? Acc(1) : scale;
   const TileFeatures<Acc> tile{
       p.features, features, key_coordinates(p.features, b), j0, count, scale, t.bias, t.keep};
   if constexpr (kFeatured) prepare_tile<Storage>(tile, rows, b, g);
-  if (partial)
-    softmax<M, true, kFeatured>(t, rows, &tile, vectors, j0, count, c);
-  else
-    softmax<M, false, kFeatured>(t, rows, &tile, vectors, j0, count, c);
-  if (partial && !all_finite(t.value, ceil_div(count, D) * D * even(n.dv)))
-    return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, n, b, g, j0, count);
-  matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(count, D), t.value, even(n.dv) * D,
-                                   t.probability, kRows * D, t.out, kRows, t.correction);
+  for_panels(rows, j0, count, [&](const Panel& panel) {
+    const int vectors = static_cast<int>(ceil_div(panel.rows, kLanes<Acc>));
+    const int64_t keys = panel.end - panel.begin, at = panel.begin * kRows;
+    matmul<M, false, Start::kZero>(
+        even(keys), vectors, ceil_div(n.d, D), t.key + panel.begin * even(n.d), even(n.d),
+        t.query + panel.row * D, kRows * D, t.score + at + panel.row, kRows);
+    softmax<M, kFeatured>(t, rows, panel, tile, c);
+    if (panel.partial() && !values_are_finite())
+      return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, panel, n, b, g, j0);
+    matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(keys, D),
+                                     t.value + panel.begin * even(n.dv), even(n.dv) * D,
+                                     t.probability + at + panel.row * D, kRows * D,
+                                     t.out + panel.row, kRows, t.correction + panel.row);
+  });
 }
 
 template <class Storage, bool kFeatured>
@@ -202,6 +210,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
   using M = typename MathOf<Storage>::type;
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
+  const auto* q = static_cast<const Storage*>(p.q);
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
   const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
@@ -214,7 +223,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
     all = unite(all, rows[x].limits);
     const auto t = buffers.of_tile(x);
-    pack_columns<M>(static_cast<const Storage*>(p.q), rows[x], n, b, g, n.d, p.scale < 0, t.query);
+    pack_columns<M>(q, rows[x], n, b, g, n.d, p.scale < 0, t.query);
     fill(t.max, kRows, -std::numeric_limits<Acc>::infinity());
     fill(t.sum, kRows, Acc(0));
     fill(t.out, even(n.dv) * kRows, Acc(0));
@@ -227,13 +236,13 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
       pack_key_pairs<M>(v, n, b, g, j0, count, n.dv, buffers.value);
     else
       pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    for (int64_t x = 0; x < tiles; ++x) {
-      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind != TileClass::kSkip)
-        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g,
-                                     kind == TileClass::kPartial, j0,
-                                     min64(count, rows[x].limits.max_hi - j0));
-    }
+    const OnceKnown values_are_finite([&] {
+      return all_finite(buffers.value, ceil_div(count, M::kDepth) * M::kDepth * even(n.dv));
+    });
+    for (int64_t x = 0; x < tiles; ++x)
+      if (classify(rows[x].limits, j0, j0 + count) != TileClass::kSkip)
+        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
+                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite);
   }
   for (int64_t x = 0; x < tiles; ++x)
     write_rows<M, Storage, kFeatured>(buffers.of_tile(x), p, rows[x], b, g);

@@ -91,8 +91,10 @@ inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename
                                                 rescale ? rescale + n * L : nullptr);
     n += width.value;
   };
-  while (n_vectors - n >= kPanelVectors) step(Width<kPanelVectors>{});
-  if constexpr (kPanelVectors > 2) {
+  // Where accumulators are loaded too, narrow tiles were faster, by up to 9 % (Zen 4).
+  constexpr int kWidest = kStart == Start::kZero ? kPanelVectors : 2;
+  while (n_vectors - n >= kWidest) step(Width<kWidest>{});
+  if constexpr (kWidest > 2) {
     if (n_vectors - n >= 2) step(Width<2>{});
   }
   if (n_vectors - n >= 1) step(Width<1>{});

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kTileKeys = 96;  // keys that are packed at once
 constexpr int kRows = 64;          // query rows of a tile: the lanes of transposed scores
+constexpr int kStripRows = 16;     // rows that compute the same keys of a packed tile
 
 constexpr int64_t even(int64_t x) { return x + (x & 1); }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,7 +56,7 @@ struct RowMap {
   int64_t tiles() const { return ceil_div(r * pitch, kRows); }
 };
 
-constexpr int64_t kMostTiles = 4;  // of rows, in a task
+constexpr int64_t kMostTiles = 8;  // of rows, in a task
 
 // How many tiles of rows share one packed tile of keys, where a task only writes rows: what stays
 // in the L2 cache, with `width` accumulators a row, and leaves enough tasks for many threads.
@@ -71,8 +72,8 @@ struct Rows {
   int64_t head[kRows];  // -1: no row in this lane
   int64_t i[kRows];
   Interval visible[kRows];
-  TileLimits limits;
-  bool finite;  // backward: what was packed of these rows
+  TileLimits limits, strips[kRows / kStripRows];  // of all rows, and of each strip
+  bool finite;                                    // backward: what was packed of these rows
 };
 
 inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask, int64_t b,
@@ -80,22 +81,69 @@ inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask,
   Rows rows;
   rows.count = 0;
   rows.limits = no_rows();
+  for (TileLimits& strip : rows.strips) strip = no_rows();
   for (int l = 0; l < kRows; ++l) {
     const int64_t row = tile * kRows + l;
     const int64_t head = row / map.pitch, i = row % map.pitch;
     const bool real = head < map.r && i < map.sq;
+    TileLimits& strip = rows.strips[l / kStripRows];
     rows.head[l] = real ? head : -1;
     rows.i[l] = i;
     rows.visible[l] = {0, 0};
     if (!real) {
-      rows.limits.min_hi = 0;  // never full: what such a lane computes must be masked
+      strip.min_hi = 0;  // never full: what such a lane computes must be masked
       continue;
     }
     rows.count = l + 1;
     rows.visible[l] = row_interval(mask, n, b, static_cast<int32_t>(i));
-    rows.limits = add_row(rows.limits, rows.visible[l]);
+    strip = add_row(strip, rows.visible[l]);
   }
+  for (const TileLimits& strip : rows.strips) rows.limits = unite(rows.limits, strip);
   return rows;
+}
+
+// Rows [row, row + rows) of a tile, whose strips see the same keys [begin, end) of a packed tile:
+// for each strip some row sees the first pair of them, and some row the last. All rows see
+// [full_begin, full_end). Bounds are even, but for the end of an odd number of packed keys.
+struct Panel {
+  int row, rows;
+  int64_t begin, end, full_begin, full_end;
+  bool partial() const { return full_begin > begin || full_end < end; }
+};
+
+// Calls body(panel) for all rows of a tile that see any of the keys [j0, j0 + count).
+template <class Body>
+inline void for_panels(const Rows& rows, int64_t j0, int64_t count, const Body& body) {
+  const auto begin = [&](const TileLimits& t) {
+    return clamp<int64_t>(t.min_lo - j0, 0, count) / 2 * 2;
+  };
+  const auto end = [&](const TileLimits& t) {
+    return clamp<int64_t>(even(t.max_hi - j0), 0, count);
+  };
+  for (int row = 0, next; row < rows.count; row = next) {
+    TileLimits all = rows.strips[row / kStripRows];
+    Panel panel{row, 0, begin(all), end(all), 0, 0};
+    for (next = row + kStripRows; next < rows.count; next += kStripRows) {
+      const TileLimits& strip = rows.strips[next / kStripRows];
+      if (begin(strip) != panel.begin || end(strip) != panel.end) break;
+      all = unite(all, strip);
+    }
+    if (panel.begin >= panel.end) continue;
+    panel.rows = (next < rows.count ? next : rows.count) - row;
+    panel.full_begin = even(clamp<int64_t>(all.max_lo - j0, panel.begin, panel.end));
+    panel.full_end = clamp<int64_t>(all.min_hi - j0, panel.begin, panel.end);
+    if (panel.full_end < panel.end) panel.full_end = panel.full_end / 2 * 2;
+    if (panel.full_begin >= panel.full_end) panel.full_begin = panel.full_end = panel.end;
+    body(panel);
+  }
+}
+
+// Calls body(whether rows may not see the keys, first, end) for the parts of a panel's keys.
+template <class Body>
+inline void for_key_ranges(const Panel& panel, const Body& body) {
+  body(std::false_type{}, panel.full_begin, panel.full_end);
+  const int64_t edges[2][2] = {{panel.begin, panel.full_begin}, {panel.full_end, panel.end}};
+  for (const auto& edge : edges) body(std::true_type{}, edge[0], edge[1]);
 }
 
 // Offset of row l's first element in a [b, s, g, r, width] array.
@@ -126,8 +174,9 @@ inline void pack_row(const Storage* src, int64_t count, int64_t padded, typename
   using T = typename M::T;
   int64_t c = 0;
   if constexpr (sizeof(Storage) == sizeof(T)) {
-    __builtin_memcpy(dst, src, count * sizeof(T));
-    c = count;
+    constexpr int64_t kStep = kVectorBytes / sizeof(T);
+    for (; c + kStep <= count; c += kStep) __builtin_memcpy(dst + c, src + c, kVectorBytes);
+    for (; c < count; ++c) dst[c] = src[c];
   } else {
     constexpr int L = kLanes<T>;
     for (; c + L <= count; c += L) store(dst + c, load_wide(src + c));
@@ -163,11 +212,13 @@ inline void pack_row_pair(const Storage* first, const Storage* second, int64_t c
 template <class M, class Storage>
 inline void pack_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
                       int64_t count, int64_t width, typename M::T* dst) {
-  // The rows of the next tile are asked for now: their cache lines are far apart.
-  const int64_t pitch = n.g * width, ahead = min64(kTileKeys, n.sk - j0 - count) * pitch;
+  const auto key = [&](int64_t j) { return src + ((b * n.sk + j0 + j) * n.g + g) * width; };
+  // Rows are asked for before their turn: their cache lines are far apart.
+  constexpr int64_t kAhead = 8;
   for (int64_t j = 0; j < count; ++j) {
-    const Storage* row = src + ((b * n.sk + j0 + j) * n.g + g) * width;
-    for (int64_t c = 0; c < width; c += 64 / sizeof(Storage)) __builtin_prefetch(row + ahead + c);
+    const Storage* row = key(j);
+    const Storage* next = key(min64(j + kAhead, count - 1));
+    for (int64_t c = 0; c < width; c += 64 / sizeof(Storage)) __builtin_prefetch(next + c);
     pack_row<M>(row, width, even(width), dst + j * even(width));
   }
   fill(dst + count * even(width), (even(count) - count) * even(width), typename M::T(0));
@@ -289,6 +340,21 @@ inline bool all_finite(const bf16* p, int64_t count) {
   }
   return largest < 0x7f80u;
 }
+
+// An answer that is found when it is first asked for.
+template <class Find>
+class OnceKnown {
+ public:
+  explicit OnceKnown(const Find& find) : find_(find) {}
+  bool operator()() const {
+    if (state_ < 0) state_ = find_();
+    return state_;
+  }
+
+ private:
+  Find find_;
+  mutable int state_ = -1;
+};
 
 // Limits of one vector of rows, counted from key j0.
 template <class Acc>

@@ -105,10 +105,9 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::Remai
   const Sizes& n = p.n;
   const auto dims = scratch->dimensions();
   p.parts = dims.size() == 5 && dims[2] > 0 ? dims[2] : 1;
-  if (auto e =
-          expect("scratch", *scratch,
-                 {n.b, n.g, p.parts, n.sk + n.sk % 2, cpu::padded_dim(n.d) + cpu::padded_dim(n.dv)},
-                 statistics_type(p.dtype));
+  if (auto e = expect("scratch", *scratch,
+                      {n.b, n.g, p.parts, n.sk + n.sk % 2 + 1, cpu::accumulator_columns(p)},
+                      statistics_type(p.dtype));
       e.failure())
     return e;
   p.scratch = scratch->untyped_data();

@@ -125,10 +125,24 @@ struct BackwardParams {
   void *dq, *dk, *dv;
   void* dbias;         // of the shape of features.bias
   bool deterministic;  // S14: bitwise repeatable
-  // CPU: accumulators [b, g, parts, sk + odd, padded(d) + padded(dv)]. CUDA: a workspace.
+  // CPU: accumulators [b, g, parts, sk + odd + 1, columns] (key_gradients.h). CUDA: a workspace.
   void* scratch;
   int64_t parts;
 };
+
+// Whether every pair has a bias of its own.
+FLASH_FN bool is_bias_per_pair(const BackwardParams& p) {
+  const Bias& bias = p.features.bias;
+  const Sizes& n = p.n;
+  return bias.data && (bias.b || n.b == 1) && (bias.g || n.g == 1) && (bias.r || n.r == 1) &&
+         (bias.i || n.sq == 1) && (bias.j || n.sk == 1);
+}
+
+// Whether keys have biases of their own that all query rows share.
+FLASH_FN bool is_bias_per_key(const BackwardParams& p) {
+  const Bias& bias = p.features.bias;
+  return bias.data && !bias.i && bias.j && !is_bias_per_pair(p);
+}
 
 // Forward mode: q, k, v have tangents dq, dk, dv, and so on; out and lse are those of the forward.
 struct TangentParams {

@@ -57,6 +57,7 @@ _DOCUMENTS = (
     {"lengths_q": ((50, 1, 64, 35), (150,))},
     {"lengths_q": ((-5, 20, -1, 40, 60), (-150,))},
     {"lengths_q": ((20, 30, 7, 80), (3, -4, 70, 70)), "id_cycle": 2},
+    {"lengths_q": ((15, 17, 16, 31, 33, 38), (1, 16, 47, 32, 2, 52))},  # around strips of 16 rows
 )
 _DOCUMENT_PAIRS = (  # orphans on either side, queries without keys, keys without queries
     {"lengths_q": ((50, 20, 80), (97,)), "lengths_k": ((10, 90, 96), (1, 96, 30))},

@@ -46,7 +46,7 @@ extern "C" int64_t probe_scratch(int64_t g, int64_t sq, int64_t sk, int64_t d, i
   std::vector<float> dq[2] = {rows, rows}, dk[2] = {keys, keys}, dv[2] = {keys, keys};
   int64_t wrong = 0;
   for (int reversed = 0; reversed < 2; ++reversed) {
-    const int64_t size = g * parts * (sk + sk % 2) * 2 * cpu::padded_dim(d);
+    const int64_t size = g * parts * (sk + sk % 2 + 1) * 2 * cpu::padded_dim(d);
     std::vector<float> scratch(size + margin, -0.0f);
     p.dq = dq[reversed].data(), p.dk = dk[reversed].data(), p.dv = dv[reversed].data();
     p.scratch = scratch.data();

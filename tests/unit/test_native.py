@@ -45,7 +45,7 @@ BACKWARD_RESULTS = {
     "dk": ((B, SK, HK, D), F32),
     "dv": ((B, SK, HK, DV), F32),
     "dbias": ((1, HQ, 1, SK), F32),
-    "scratch": ((B, HK, 1, SK + 1, 32), F32),
+    "scratch": ((B, HK, 1, SK + 2, 48), F32),
 }
 TANGENT_INPUTS = INPUTS | {
     "out": ((B, SQ, HQ, DV), F32),
@@ -163,9 +163,9 @@ def test_backward_refuses(name, wrong, words):
         ("dv", ((B, SK, HK, DV), BF16), ["dv", "[2, 5, 2, 16]"]),
         ("dbias", ((B, HQ, 1, SK), F32), ["dbias", "[2, 4, 1, 5]", "[1, 4, 1, 5]"]),
         ("dbias", ((1, HQ, 1, SK), BF16), ["dbias"]),
-        ("scratch", ((B, HK, 1, SK, 32), F32), ["scratch", "[2, 2, 1, 5, 32]", "[2, 2, 1, 6, 32]"]),
-        ("scratch", ((B, HK, 1, SK + 1, 24), F32), ["scratch", "24", "32"]),
-        ("scratch", ((B, HK, 0, SK + 1, 32), F32), ["scratch", "[2, 2, 0, 6, 32]"]),
+        ("scratch", ((B, HK, 1, SK, 48), F32), ["scratch", "[2, 2, 1, 5, 48]", "[2, 2, 1, 7, 48]"]),
+        ("scratch", ((B, HK, 1, SK + 2, 32), F32), ["scratch", "32", "48"]),
+        ("scratch", ((B, HK, 0, SK + 2, 48), F32), ["scratch", "[2, 2, 0, 7, 48]"]),
         ("scratch", ((7,), F32), ["scratch", "[7]"]),
     ],
     ids=str,
