@@ -2,6 +2,7 @@
 //
 // Tasks run in one thread, first to last and last to first: the Executor's contract allows any
 // order.
+#include <algorithm>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -29,7 +30,8 @@ struct InOrder final : cpu::Executor {
 
 // Arrays of float32 ones, in both orders; returns how many gradients differ, plus how many of
 // `margin` negative zeros behind the scratch changed: a write of x + 0 changes them, though it
-// would change no number.
+// would change no number. The scratch comes as NaN: one that is read before it is written shows in
+// a gradient, which then differs from itself.
 extern "C" int64_t probe_scratch(int64_t g, int64_t sq, int64_t sk, int64_t d, int32_t left,
                                  int32_t right, int64_t parts) {
   constexpr int64_t margin = 4096;
@@ -48,6 +50,7 @@ extern "C" int64_t probe_scratch(int64_t g, int64_t sq, int64_t sk, int64_t d, i
   for (int reversed = 0; reversed < 2; ++reversed) {
     const int64_t size = g * parts * (sk + sk % 2 + 1) * 2 * cpu::padded_dim(d);
     std::vector<float> scratch(size + margin, -0.0f);
+    std::fill_n(scratch.begin(), size, __builtin_nanf(""));
     p.dq = dq[reversed].data(), p.dk = dk[reversed].data(), p.dv = dv[reversed].data();
     p.scratch = scratch.data();
     InOrder executor(reversed);
