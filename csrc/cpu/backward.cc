@@ -275,18 +275,16 @@ inline int64_t tiles_per_group(const Sizes& n) {
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
-// Calls body(first, count) for groups of up to `per_group` of `all` tiles: those of one part. It
-// has a run of early ones and a run of late ones: under a causal mask every part has as much to do,
-// and neighbours, which see the same keys, are in one part.
+// Calls body(first, count) for the groups of `per_group` of `all` tiles that one part has. Groups
+// are dealt out back and forth: under a causal mask every part gets as much to do.
 template <class Body>
 inline void for_share(int64_t all, int64_t per_group, int64_t part, int64_t parts,
                       const Body& body) {
-  const int64_t run = ceil_div(ceil_div(all, 2 * parts), per_group) * per_group;
-  const int64_t places[] = {part, 2 * parts - 1 - part};
-  for (const int64_t place : places) {
-    const int64_t end = min64(all, (place + 1) * run);
-    for (int64_t first = place * run; first < end; first += per_group)
-      body(first, min64(per_group, end - first));
+  for (int64_t round = 0;; ++round) {
+    const int64_t group = round * parts + (round % 2 == 0 ? part : parts - 1 - part);
+    const int64_t first = group * per_group;
+    if (first >= all) return;
+    body(first, min64(per_group, all - first));
   }
 }
 
