@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks import record
@@ -185,6 +184,8 @@ def features(rounds: int, iterations: int) -> None:
 
 def _cudnn_packed(lengths: list[int]) -> Callable:
     """cuDNN's packed layout, which JAX has in a private module only."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
     seqlen = jnp.asarray([lengths], jnp.int32)
     offsets = jnp.asarray([np.cumsum([0, *lengths])], jnp.int32)
     return lambda q, k, v: cudnn.dot_product_attention(

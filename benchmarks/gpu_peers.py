@@ -96,7 +96,7 @@ def run(rounds: int, iterations: int) -> None:
                         for mode, ms in other(arrays, causal, iterations).items():
                             times[mode][name] = ms
                     except Exception as error:  # theirs, of any kind
-                        print(f"{name} d={d} s={s}: {str(error).splitlines()[0][:100]}")
+                        print(f"{name} d={d} s={s}: {repr(error)[:100]}")
                 for mode, found in times.items():
                     flop = gpu.count_flop(b * h * s * s * (0.5 if causal else 1), d, mode)
                     best = min(ms for name, ms in found.items() if name != "ours")

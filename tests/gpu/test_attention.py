@@ -76,6 +76,7 @@ VARIANTS = (
     BASE.replace(alibi="bh", scale=-0.3),
     BASE.replace(alibi="h", scale=0.0, causal=True),
     BASE.replace(alibi="h", scale=1e-25),
+    BASE.replace(softcap=4.0, scale=0.0),
     BASE.replace(d=256, dv=256, alibi="h", softcap=3.0, scale=-0.7, causal=True),
     BASE.replace(d=192, dv=128, alibi="h", dropout=0.2),
 )  # fmt: skip

@@ -212,7 +212,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const auto exponentials = [&](int block) {
     const int first = tile.first_key + block * S::kKeys;
     if (!S::kStaged && block == tile.end - 1) release_query();
-    if (S::kShaped && scale.factor != 0) cap_scores<S>(rows, scale.factor);
+    if (S::kShaped && scale.capped) cap_scores<S>(rows, scale.factor);
     if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
     if constexpr (S::kShaped) {
       if (rows.slope != 0) subtract_distances<S>(rows, first);

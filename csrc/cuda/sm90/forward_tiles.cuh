@@ -65,22 +65,23 @@ struct ForwardSmem {
   uint64_t value_full[S::kStages], value_empty[S::kStages];
 };
 
-// Scores enter exp2 as exponent * (sign * s), exponent > 0, or with a softcap exponent *
-// tanh(factor
-// * s). A scale of 0 is sign 0: the sign is applied to scores at once, before the mask, so that
-// -inf stays -inf. So is a scale by which ALiBi's slopes cannot be divided.
+// Scores enter exp2 as exponent * (sign * s), exponent > 0, or with a softcap as
+// exponent * tanh(factor * s). A scale of 0 is sign 0: the sign is applied to scores at once,
+// before the mask, so that -inf stays -inf. So is a scale by which ALiBi's slopes cannot be
+// divided.
 struct ScoreScale {
-  float factor;  // 0: no softcap
+  bool capped;  // by softcap; factor may be 0
+  float factor;
   float sign, exponent;
   uint32_t zero = 0;  // that ptxas knows nothing of
   ScoreScale(double scale, double softcap)
-      : factor(softcap != 0 ? static_cast<float>(scale / softcap) : 0.0f), sign(1.0f) {
-    double magnitude = softcap != 0 ? softcap : scale < 0 ? -scale : scale;
-    if (softcap == 0 && magnitude < 1e-20) {
+      : capped(softcap != 0),
+        factor(capped ? static_cast<float>(scale / softcap) : 0.0f),
+        sign(!capped && scale < 0 ? -1.0f : 1.0f) {
+    double magnitude = capped ? softcap : scale < 0 ? -scale : scale;
+    if (!capped && magnitude < 1e-20) {
       sign = static_cast<float>(scale);
       magnitude = 1;
-    } else if (softcap == 0 && scale < 0) {
-      sign = -1.0f;
     }
     exponent = static_cast<float>(magnitude * 1.4426950408889634);
   }
