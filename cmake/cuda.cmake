@@ -78,18 +78,16 @@ cuda_object(plain csrc/cuda/plain/attention.cu SPILLS 0
 cuda_object(append csrc/cuda/append.cu SPILLS 0
             FLAGS -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80)
 
-# Hopper. What may spill, in bytes: the warps that feed the copy engine, which have 24 to 40 registers
-# and run ahead of the rest; in the instances with dropout the words of random numbers to come; of
-# head dim 256, addresses that are read once a block.
+# Hopper. What may spill, in bytes: the warps that feed the copy engine or make dropout's flags, which
+# have 24 to 56 registers and run ahead of the rest; of head dim 256, addresses that are read once a
+# block.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
-set(SPILLS_64 384)
-set(SPILLS_96 192)
-set(SPILLS_128 480)
-set(SPILLS_192 512)
-set(SPILLS_256 880)
-foreach(d 64 96 128 192 256)
+set(HEAD_DIMS 64 96 128 192 256)
+set(SPILLS_forward 192 64 192 320 320)
+set(SPILLS_backward 704 608 608 608 880)
+foreach(d spills_forward spills_backward IN ZIP_LISTS HEAD_DIMS SPILLS_forward SPILLS_backward)
   foreach(pass forward backward)
-    cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${SPILLS_${d}}
+    cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${spills_${pass}}
                 FLAGS ${HOPPER} -DSM90_HEAD_DIM=${d})
   endforeach()
 endforeach()

@@ -17,7 +17,12 @@ SM90_FORWARD_TILES = {
     192: (128, 96),
     256: (128, 80),
 }
-SM90_SHAPED_FORWARD_TILES = SM90_FORWARD_TILES | {64: (128, 128)}  # with softcap, ALiBi, dropout
+# What differs with dropout, else with softcap, else with ALiBi.
+SM90_EXTENT_FORWARD_TILES = {
+    "dropout": {64: (128, 128), 192: (128, 64), 256: (128, 64)},
+    "softcap": {64: (128, 128)},
+    "alibi_slopes": {64: (128, 128), 256: (128, 64)},
+}
 # The same of the backward: TunedBackward of cuda/sm90/backward.cu.
 SM90_BACKWARD_TILES = {
     64: (128, 128),
@@ -76,8 +81,8 @@ def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
 
 def cuda_forward(call: Call, capability: str) -> Kernel:
     """The Hopper kernel if it fits, else the plain one."""
-    shaped = {"softcap", "alibi_slopes", "dropout"} & set(call.features)
-    tiles = SM90_SHAPED_FORWARD_TILES if shaped else SM90_FORWARD_TILES
+    extents = [tiles for name, tiles in SM90_EXTENT_FORWARD_TILES.items() if name in call.features]
+    tiles = SM90_FORWARD_TILES | (extents[0] if extents else {})
     return _cuda_kernel("forward", call, tiles, capability)
 
 

@@ -75,12 +75,14 @@ def keep_mask(streams: Array, position: Array, key_coordinate: Array, threshold:
       key_coordinate: int32 [b or 1, sk].
       threshold: of 65536.
     """
+    n = lambda value: np.uint32(value)  # noqa: E731
     i = position.astype(jnp.uint32)[:, None, :, None]
     j = key_coordinate.astype(jnp.uint32)[:, None, None, :]
-    n = lambda value: np.uint32(value)  # noqa: E731
-    row, column = i // n(16) * n(8) + i % n(8), j // n(16) * n(4) + j % n(8) // n(2)
+    own, shared = j // n(32) * n(2), n(1 << 31) + j // n(1024) * n(2)
+    calls = jnp.stack([own, own + n(1), shared, shared + n(1)])
     key0, key1, batch, head = (streams[..., w][..., None, None] for w in range(4))
-    words = philox((row, column, batch, head), (key0, key1))
-    first, second = (jnp.where(j // n(8) % n(2) == 1, words[w + 1], words[w]) for w in (0, 2))
-    word = jnp.where(i // n(8) % n(2) == 1, second, first)
-    return (word >> (j % n(2) * n(16))) & n(0xFFFF) < n(threshold)
+    words = philox((i, calls, batch, head), (key0, key1))
+    bits = (word >> j % n(32) & n(1) for word in words)
+    halves = sum(bit << n(3 - w) for w, bit in enumerate(bits))  # of bytes
+    number = sum(half << n(12 - 4 * call) for call, half in enumerate(halves))
+    return number < n(threshold)

@@ -15,7 +15,6 @@ struct RowFeatures {
   Int position[kRows];
   Acc slope[kRows];
   uint32_t counter[kRows], stream[4][kRows];  // of Philox
-  int32_t upper[kRows];                       // all ones: the row's words are the last two
 };
 
 template <class Acc>
@@ -26,11 +25,9 @@ inline void find_row_features(const Features& f, const MaskSource& mask, const S
     const int64_t head = (b * n.g + g) * n.r + (real ? rows.head[l] : 0);
     const int32_t position =
         real ? aligned_position(f, mask, n, b, static_cast<int32_t>(rows.i[l])) : 0;
-    const DropoutRow row = dropout_row(static_cast<uint32_t>(position));
     to->position[l] = position;
     to->slope[l] = real && f.slopes ? static_cast<Acc>(f.slopes[head] * kLog2e) : Acc(0);
-    to->counter[l] = row.counter;
-    to->upper[l] = row.word ? -1 : 0;
+    to->counter[l] = static_cast<uint32_t>(position);
     for (int w = 0; w < 4; ++w) to->stream[w][l] = real && f.dropout ? f.dropout[head * 4 + w] : 0;
   }
 }
@@ -86,46 +83,51 @@ inline void pack_bias(const TileFeatures<Acc>& t, const Bias& bias, Acc factor, 
   pack_bias_of<Storage>(t, bias, factor, rows, b, g, to);
 }
 
-// The two words a column's calls have for each row; even and odd rows go separately.
-inline void draw_column(const uint32_t* counter, const uint32_t* const (&stream)[4],
-                        Vec<int32_t> upper, uint32_t column, Vec<uint32_t> (&words)[2]) {
-  Vec<uint64_t> half[2][4];
-  for (int odd = 0; odd < 2; ++odd) {
-    const auto lanes = [&](const uint32_t* p) { return (Vec<uint64_t>)load(p) >> 32 * odd; };
-    Vec<uint64_t>(&x)[4] = half[odd];
-    x[0] = lanes(counter);
-    x[1] = Vec<uint64_t>{} + column;
-    x[2] = lanes(stream[2]);
-    x[3] = lanes(stream[3]);
-    philox(x, lanes(stream[0]), lanes(stream[1]), MultiplyLanes{});
+// The calls of a vector of rows; even and odd rows go separately.
+struct RowCalls {
+  const uint32_t* counter;
+  const uint32_t* stream[4];
+
+  void operator()(uint32_t call, Vec<uint32_t> (&words)[4]) const {
+    Vec<uint64_t> half[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      const auto lanes = [&](const uint32_t* p) { return (Vec<uint64_t>)load(p) >> 32 * odd; };
+      Vec<uint64_t>(&x)[4] = half[odd];
+      x[0] = lanes(counter);
+      x[1] = Vec<uint64_t>{} + call;
+      x[2] = lanes(stream[2]);
+      x[3] = lanes(stream[3]);
+      philox(x, lanes(stream[0]), lanes(stream[1]), MultiplyLanes{});
+    }
+    for (int w = 0; w < 4; ++w)
+      words[w] = (Vec<uint32_t>)((half[0][w] & 0xffffffffu) | (half[1][w] << 32));
   }
-  const auto word = [&](int w) {
-    return (Vec<uint32_t>)((half[0][w] & 0xffffffffu) | (half[1][w] << 32));
-  };
-  for (int w = 0; w < 2; ++w) words[w] = upper ? word(w + 2) : word(w);
-}
+};
 
 // S12: which scores of the tile stay.
 template <class Acc>
 inline void draw_keep(const TileFeatures<Acc>& t, int rows) {
   constexpr int L = kLanes<uint32_t>;
+  const uint32_t threshold = t.f.keep_threshold;
   fill(t.keep, t.count, uint64_t(0));
   for (int l0 = 0; l0 < rows; l0 += L) {
-    const uint32_t* const stream[4] = {t.rows.stream[0] + l0, t.rows.stream[1] + l0,
-                                       t.rows.stream[2] + l0, t.rows.stream[3] + l0};
-    const Vec<int32_t> upper = load(t.rows.upper + l0);
-    Vec<uint32_t> words[4][2];  // of the columns last drawn: a call serves keys 8 apart
-    uint64_t drawn[4];
-    fill(drawn, 4, ~uint64_t(0));
+    const RowCalls calls{t.rows.counter + l0,
+                         {t.rows.stream[0] + l0, t.rows.stream[1] + l0, t.rows.stream[2] + l0,
+                          t.rows.stream[3] + l0}};
+    Vec<uint32_t> low, dropped;  // of the columns last drawn
+    uint64_t shared = ~uint64_t(0), own = ~uint64_t(0);
     for (int64_t j = 0; j < t.count; ++j) {
-      const DropoutColumn column = dropout_column(static_cast<uint32_t>(t.keys.at(t.j0 + j)));
-      const int slot = column.counter % 4;
-      if (drawn[slot] != column.counter) {
-        draw_column(t.rows.counter + l0, stream, upper, column.counter, words[slot]);
-        drawn[slot] = column.counter;
+      const auto column = static_cast<uint32_t>(t.keys.at(t.j0 + j));
+      if (shared != column / kDropoutShared) {
+        shared = column / kDropoutShared;
+        low = dropped_low<Vec<uint32_t>>(calls, column, threshold);
       }
-      const Vec<int32_t> field = (Vec<int32_t>)(words[slot][column.word] >> column.shift & 0xffffu);
-      const uint64_t kept = lane_signs(field - static_cast<int32_t>(t.f.keep_threshold));
+      if (own != column / kDropoutWord) {
+        own = column / kDropoutWord;
+        dropped = dropped_word<Vec<uint32_t>>(calls, column, threshold, low);
+      }
+      const Vec<uint32_t> flag = ~dropped << (31 - column % kDropoutWord);
+      const uint64_t kept = lane_signs((Vec<int32_t>)flag);
       t.keep[j] |= kept << l0;
     }
   }

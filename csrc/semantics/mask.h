@@ -9,8 +9,11 @@
 
 #ifdef __CUDACC__
 #define FLASH_MEMBER __host__ __device__ __forceinline__
+#define FLASH_PRAGMA(x) _Pragma(#x)
+#define FLASH_UNROLL(n) FLASH_PRAGMA(unroll n)
 #else
 #define FLASH_MEMBER inline
+#define FLASH_UNROLL(n)
 #endif
 #define FLASH_FN static FLASH_MEMBER
 

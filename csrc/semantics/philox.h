@@ -22,6 +22,7 @@ struct MultiplyWords {
 // Encrypts the counter x with the key in ten rounds. Word is uint32_t or a vector of them.
 template <class Word, class Multiply>
 FLASH_FN void philox(Word (&x)[4], Word key0, Word key1, const Multiply& multiply) {
+  FLASH_UNROLL(2)
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
     multiply(x[0], 0xD2511F53u, &high0, &low0);
@@ -35,31 +36,63 @@ FLASH_FN void philox(Word (&x)[4], Word key0, Word key1, const Multiply& multipl
   }
 }
 
-// A call serves the 2 x 4 scores {i, i + 8} x {j, j + 1, j + 8, j + 9} of a 16 x 16 square of
-// absolute coordinates: what one thread holds of a tensor-core accumulator. Its counter is
-// (row, column, batch, head). Score (i, j) owns 16 bits, from `shift` of word `row word + column
-// word`.
-struct DropoutRow {
-  uint32_t counter, word;
-};
-struct DropoutColumn {
-  uint32_t counter, word, shift;
-};
-FLASH_FN DropoutRow dropout_row(uint32_t i) { return {i / 16 * 8 + i % 8, i / 8 % 2 * 2}; }
-FLASH_FN DropoutColumn dropout_column(uint32_t j) {
-  return {j / 16 * 4 + j % 8 / 2, j / 8 % 2, j % 2 * 16};
+// Scores {i} x {32 c .. 32 c + 31} share a word of flags. Bit j % 32 of the words of two calls of
+// their own is the high byte of score (i, j)'s number, of two calls that {i} x {1024 n .. 1024 n +
+// 1023} share the low byte; the first call's first word is the highest bit. A score is dropped iff
+// its number is at least the threshold. Counters are (i, one of these, batch, head).
+constexpr uint32_t kDropoutWord = 32, kDropoutShared = 1024;
+FLASH_FN uint32_t own_counter(uint32_t j, int call) { return j / kDropoutWord * 2 + call; }
+FLASH_FN uint32_t shared_counter(uint32_t j, int call) {
+  return 0x80000000u + j / kDropoutShared * 2 + call;
+}
+
+// Which of the scores of a word are dropped, from what the bits below say, a call's words, and the
+// threshold's four bits of that call.
+template <class Word>
+FLASH_FN Word fold_call(Word dropped, const Word (&x)[4], uint32_t bits) {
+  FLASH_UNROLL(4)
+  for (int w = 3; w >= 0; --w) {
+    const Word either = dropped | x[w], both = dropped & x[w];
+    const int32_t all = static_cast<int32_t>(bits << (28 + w)) >> 31;  // the bit, 32 times
+    dropped = both | (either & (Word{} + static_cast<uint32_t>(~all)));
+  }
+  return dropped;
 }
 
 constexpr uint32_t kKeepAll = 65536;  // keep thresholds count in 1/65536
 
+// The flags of 32 scores. draw(counter, x) makes a call; `low` are those of the low byte alone.
+template <class Word, class Draw>
+FLASH_FN Word dropped_low(const Draw& draw, uint32_t j, uint32_t threshold) {
+  Word x[4], low = Word{} + 0xffffffffu;
+  for (int call = 1; call >= 0; --call) {
+    draw(shared_counter(j, call), x);
+    low = fold_call(low, x, threshold >> (4 - 4 * call));
+  }
+  return low;
+}
+template <class Word, class Draw>
+FLASH_FN Word dropped_word(const Draw& draw, uint32_t j, uint32_t threshold, Word low) {
+  if (threshold >= kKeepAll) return Word{};
+  Word x[4];
+  for (int call = 1; call >= 0; --call) {
+    draw(own_counter(j, call), x);
+    low = fold_call(low, x, threshold >> (12 - 4 * call));
+  }
+  return low;
+}
+
 // Whether score (i, j) stays. `stream`: the two key words, batch index and head index.
 FLASH_FN bool keep_score(const uint32_t* stream, uint32_t i, uint32_t j, uint32_t threshold) {
-  const DropoutRow row = dropout_row(i);
-  const DropoutColumn column = dropout_column(j);
-  uint32_t x[4] = {row.counter, column.counter, stream[2], stream[3]};
-  philox(x, stream[0], stream[1], MultiplyWords{});
-  const uint32_t first = row.word ? x[2] : x[0], second = row.word ? x[3] : x[1];
-  return ((column.word ? second : first) >> column.shift & 0xffff) < threshold;
+  const auto draw = [&](uint32_t counter, uint32_t(&x)[4]) {
+    x[0] = i;
+    x[1] = counter;
+    x[2] = stream[2];
+    x[3] = stream[3];
+    philox(x, stream[0], stream[1], MultiplyWords{});
+  };
+  const uint32_t low = dropped_low<uint32_t>(draw, j, threshold);
+  return !(dropped_word(draw, j, threshold, low) >> j % kDropoutWord & 1);
 }
 
 }  // namespace jax_flashattn

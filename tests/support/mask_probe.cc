@@ -68,16 +68,6 @@ void probe_keep(const uint32_t* stream, int64_t rows, const int32_t* position, i
                      static_cast<uint32_t>(coordinate[j]), static_cast<uint32_t>(threshold));
 }
 
-// Word and shift of a score within its call, and the counters of the call.
-void probe_cell(int64_t i, int64_t j, uint32_t* cell) {
-  const DropoutRow row = dropout_row(static_cast<uint32_t>(i));
-  const DropoutColumn column = dropout_column(static_cast<uint32_t>(j));
-  cell[0] = row.counter;
-  cell[1] = column.counter;
-  cell[2] = row.word + column.word;
-  cell[3] = column.shift;
-}
-
 // Aligned positions of rows of batch b, and the coordinates of keys; null pointers are absent.
 void probe_coordinates(int64_t sq, int64_t sk, const int32_t* lengths, const int32_t* position,
                        const int32_t* keys, int64_t b, int32_t* rows_out, int32_t* keys_out) {

@@ -153,14 +153,17 @@ def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 def keep(key: np.ndarray, arrays: dict, sizes: tuple[int, int, int]) -> np.ndarray:
     """S12, written out: the kept scores [b, hq, sq, sk] of a call's positions and threshold."""
     b, hq, sk = sizes
-    i = (arrays["position"] % 2**32)[:, None, :, None]
-    j, h = np.arange(sk), np.arange(hq)[:, None, None]
-    row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2
-    parts = np.broadcast_arrays(row, column, np.arange(b)[:, None, None, None], h)
+    i = (arrays["position"] % 2**32)[:, None, :, None, None]
+    first = np.arange(0, sk, 32)  # key of each word
+    own, shared = first // 32 * 2, 2**31 + first // 1024 * 2
+    calls = np.stack([own, own + 1, shared, shared + 1], -1)
+    batch, head = np.arange(b)[:, None, None, None, None], np.arange(hq)[:, None, None, None]
+    parts = np.broadcast_arrays(i, calls, batch, head)
     words = philox(np.stack(parts, -1), np.broadcast_to(key, (*parts[0].shape, 2)))
-    which = np.broadcast_to(2 * (i // 8 % 2) + j // 8 % 2, parts[0].shape)
-    word = np.take_along_axis(words, which[..., None], -1)[..., 0].astype(int)
-    return (word >> (16 * (j % 2))) % 65536 < arrays["threshold"]
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    worth = 1 << np.arange(15, -1, -1).reshape(4, 4, 1)  # of the bits of calls and words
+    number = (bits * worth).sum((-3, -2)).reshape(b, hq, i.shape[2], 32 * first.size)
+    return number[..., :sk] < arrays["threshold"]
 
 
 def rounder(dtype):

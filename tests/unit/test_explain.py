@@ -28,14 +28,18 @@ def source(path: str) -> str:
 
 def test_tiles_are_those_of_the_kernels():
     text = source("cuda/sm90/forward.cu")
-    for extent, table in (
-        ("kExtent", _dispatch.SM90_SHAPED_FORWARD_TILES),
-        ("Extent::kPlain", _dispatch.SM90_FORWARD_TILES),
-    ):
+
+    def tiles(extent):
         tuned = re.findall(rf"Tuned<T, (\d+), {extent}> : ForwardShape<T, \1, (\d+), (\d+),", text)
-        tiles = {int(d): (64 * int(groups), int(keys)) for d, groups, keys in tuned}
-        assert tiles
-        assert _dispatch.SM90_SHAPED_FORWARD_TILES | tiles == table
+        return {int(d): (64 * int(groups), int(keys)) for d, groups, keys in tuned}
+
+    assert tiles("kExtent") | tiles("Extent::kPlain") == _dispatch.SM90_FORWARD_TILES
+    for name, extent in (
+        ("alibi_slopes", "kDistances"), ("softcap", "kScores"), ("dropout", "kDropout")
+    ):  # fmt: skip
+        own = _dispatch.SM90_EXTENT_FORWARD_TILES[name]
+        wanted = tiles("kExtent") | tiles(f"Extent::{extent}")
+        assert _dispatch.SM90_FORWARD_TILES | own == wanted
     assert (
         "using TunedBackward = BackwardShape<T, kD, kD == 64 ? 128 : 64, kD <= 128 ? 128 : 64, "
         "kInTurn, kExtent>;"

@@ -70,6 +70,14 @@ static __device__ __forceinline__ float unpack(uint32_t pair, int high, __half) 
   return __half2float(__ushort_as_half(high ? pair >> 16 : pair & 0xffffu));
 }
 
+// Each nibble of `selector` chooses a byte of (a, b); with its highest bit, that byte's sign eight
+// times, which __byte_perm does not do.
+static __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
 static __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

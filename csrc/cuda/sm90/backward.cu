@@ -18,7 +18,7 @@ using TunedBackward =
 template <class S, bool kWide = (S::kD > 128)>
 struct Kernel {
   static constexpr auto kFunction = backward_kernel<S>;
-  using Smem = BackwardSmem<S>;
+  using Smem = NarrowSmem<S>;
 };
 template <class S>
 struct Kernel<S, true> {
@@ -84,6 +84,7 @@ std::string launch_extent(const BackwardParams& p, const Device& device, cudaStr
   switch (extent(p)) {
     case Extent::kPlain:
       return launch<TunedBackward<T, kD, kInTurn, Extent::kPlain>>(p, device, stream);
+    case Extent::kDistances:
     case Extent::kScores:
       return launch<TunedBackward<T, kD, kInTurn, Extent::kScores>>(p, device, stream);
     default:

@@ -6,9 +6,14 @@
 // registers.
 #pragma once
 
-#include "cuda/sm90/backward_tiles.cuh"
+#include "cuda/sm90/backward_random.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
+
+template <class S>
+struct NarrowSmem : BackwardSmem<S> {
+  alignas(16) uint32_t flags[S::kStages][S::kKeys / 32][S::kDropout ? S::kRows : 1];  // dropout's
+};
 
 template <class S>
 struct KeyRows {
@@ -22,7 +27,7 @@ struct KeyRows {
 template <class S>
 __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                         const BackwardWorkspace& w, const ScoreShape& shape,
-                        const KeyTileOrder::Place& at, BackwardSmem<S>& smem, int group) {
+                        const KeyTileOrder::Place& at, NarrowSmem<S>& smem, int group) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
@@ -87,12 +92,16 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       ptx::wgmma_fence();
       issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::operand(smem.dout[s]),
                              S::kRows);
-      [[maybe_unused]] uint32_t keep[S::kRows / 64] = {};
-      if constexpr (S::kDropout)
-        kept(keep, smem.stream[s], p.features.keep_threshold, key, smem.limits[s][S::kLimits - 1]);
-      const auto stays = [&](int i) { return !S::kDropout || (keep[i / 32] >> i % 32 & 1); };
+      [[maybe_unused]] uint32_t keep[S::kRows / 64];
+      if constexpr (S::kDropout) {
+        ptx::barrier_wait(&smem.flags_full[s], ring.parity());
+        read_flags(keep, smem.flags[s][(key - at.key) / 32], key % 32);
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(&smem.flags_empty[s]);
+      }
+      const auto kept = [&](int i) { return !S::kDropout || stays(keep, i); };
       const auto round_probabilities = [&] {
-        round_elements<T>([&](int i) { return stays(i) ? t.score[i] : 0.0f; }, t.probability);
+        round_elements<T>([&](int i) { return kept(i) ? t.score[i] : 0.0f; }, t.probability);
       };
       const Distances distances = distances_of<S>(smem, s, step, keys, key);
       ptx::wgmma_wait<1>();
@@ -105,7 +114,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       score_gradients(
           t.dprobability, probability,
           [&](int i, float x) { return !S::kDropout ? x
-                                       : stays(i)   ? x * rescale
+                                       : kept(i)    ? x * rescale
                                                     : 0.0f; },
           smem.statistics[s][1], step.partial);
       if constexpr (S::kShaped)
@@ -191,7 +200,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
                     const BackwardWorkspace w, const KeyTileOrder order, const ScoreShape shape) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& smem = *reinterpret_cast<BackwardSmem<S>*>(raw);
+  auto& smem = *reinterpret_cast<NarrowSmem<S>*>(raw);
   if (threadIdx.x == 0) {
     init_barriers<S>(smem, 8);
     ptx::barrier_init_fence();
@@ -204,6 +213,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
+    if constexpr (S::kDropout) {
+      if (threadIdx.x / 32 >= 4 - S::kRandomWarps)
+        make_flags<S>(p, at, smem, smem.flags_empty,
+                      [&](int s, int n, int row, uint32_t x) { smem.flags[s][n][row] = x; });
+    }
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, w, shape, at, smem, warpgroup - 1);

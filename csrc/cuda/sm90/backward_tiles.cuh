@@ -9,6 +9,7 @@
 //   query_full/query_empty     Q, statistics, limits and the Step
 //   dout_full/dout_empty       dO
 //   dscore_full/dscore_empty   dS^T of one step
+//   flags_full/flags_empty     dropout's flags of one step
 //   turn_open/turn_over        one piece of dQ of one warpgroup (deterministic)
 // Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
 #pragma once
@@ -22,7 +23,7 @@ namespace jax_flashattn::cuda::sm90 {
 template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock, bool kInTurn, Extent kExtent>
 struct BackwardShape {
   using T = Element;
-  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
+  static constexpr bool kShaped = kExtent != Extent::kPlain;  // softcap, ALiBi
   static constexpr bool kDropout = kExtent >= Extent::kDropout;
   static constexpr bool kDeterministic = kInTurn;  // blocks add to dQ in a fixed order
   static constexpr int kD = kHeadDim;
@@ -34,8 +35,10 @@ struct BackwardShape {
   static constexpr int kThreads = 128 * 3;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
-  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, 2));
+  static_assert(registers_fit(3, kProducerRegisters + 2 * kConsumerRegisters));
   static constexpr int kLimits = kShaped ? 3 : 2;
+  // Warps that make dropout's flags; the others of their warpgroup load, and keep turns.
+  static constexpr int kRandomWarps = kDeterministic ? 1 : 3;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
 };
 
@@ -66,7 +69,8 @@ struct BackwardSmem {
   uint64_t query_full[S::kStages], query_empty[S::kStages];
   uint64_t dout_full[S::kStages], dout_empty[S::kStages];
   uint64_t dscore_full[2], dscore_empty[2];
-  uint64_t turn_open[2], turn_over[2];  // of each warpgroup (deterministic)
+  uint64_t turn_open[2], turn_over[2];     // of each warpgroup (deterministic)
+  uint64_t flags_full[2], flags_empty[2];  // dropout
 };
 
 struct BackwardMaps {
@@ -436,12 +440,15 @@ __device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_
   for (int i = 0; i < 2; ++i) {
     ptx::barrier_init(&smem.query_full[i], 1);
     ptx::barrier_init(&smem.dout_full[i], 1);
-    ptx::barrier_init(&smem.query_empty[i], S::kDeterministic ? 10 : 8);
+    ptx::barrier_init(&smem.query_empty[i],
+                      8 + (S::kDeterministic ? 2 : 0) + (S::kDropout ? S::kRandomWarps : 0));
     ptx::barrier_init(&smem.dout_empty[i], 8);
     ptx::barrier_init(&smem.dscore_full[i], dscore_writers);
     ptx::barrier_init(&smem.dscore_empty[i], 8);
     ptx::barrier_init(&smem.turn_open[i], 1);
     ptx::barrier_init(&smem.turn_over[i], 4);
+    ptx::barrier_init(&smem.flags_full[i], S::kRows / 32);
+    ptx::barrier_init(&smem.flags_empty[i], 8);
   }
 }
 

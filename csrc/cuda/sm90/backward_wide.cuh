@@ -10,7 +10,7 @@
 // warpgroup's warps, emptied by the second's.
 #pragma once
 
-#include "cuda/sm90/backward_tiles.cuh"
+#include "cuda/sm90/backward_random.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -21,6 +21,10 @@ struct WideSmem : BackwardSmem<S> {
   // than bfloat16 has.
   uint4 probability[2][S::kRows / 16][128];
   uint64_t probability_full[2], probability_empty[2];
+  // Dropout's flags for a warp of 16 keys lie where it puts its P^T when it has read them.
+  __device__ uint32_t* flags(int buffer, int warp) {
+    return reinterpret_cast<uint32_t*>(probability[buffer][0] + 32 * warp);
+  }
 };
 
 template <class S, bool kScores>
@@ -96,11 +100,12 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
         make_probabilities<S>(x, shape, distances, smem, s, step, key);
         if constexpr (S::kDropout) {  // what is dropped goes on with a minus
           uint32_t keep[1];
-          kept(keep, smem.stream[s], p.features.keep_threshold, key,
-               smem.limits[s][S::kLimits - 1]);
+          ptx::barrier_wait(&smem.flags_full[s], ring.parity());
+          read_flags(keep, smem.flags(s, thread / 32), key % 32);
+          __syncwarp();
 #pragma unroll
           for (int i = 0; i < 32; ++i)
-            if (!(keep[0] >> i & 1)) x[i] = -x[i];
+            if (!stays(keep, i)) x[i] = -x[i];
         }
         round_fragment<__half>(x, packed);
         ptx::barrier_wait(&smem.probability_empty[half], parity ^ 1);
@@ -231,6 +236,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
+    if constexpr (S::kDropout) {
+      if (threadIdx.x / 32 >= 4 - S::kRandomWarps)
+        make_flags<S>(p, at, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
+          smem.flags(s, 2 * n)[row] = smem.flags(s, 2 * n + 1)[row] = x;
+        });
+    }
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (warpgroup == 1)

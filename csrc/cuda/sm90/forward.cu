@@ -20,8 +20,14 @@ template <class T, Extent kExtent>
 struct Tuned<T, 128, kExtent> : ForwardShape<T, 128, 2, 128, 2, 2, kExtent> {};
 template <class T, Extent kExtent>
 struct Tuned<T, 192, kExtent> : ForwardShape<T, 192, 2, 96, 1, 2, kExtent> {};
+template <class T>
+struct Tuned<T, 192, Extent::kDropout> : ForwardShape<T, 192, 2, 64, 1, 2, Extent::kDropout> {};
 template <class T, Extent kExtent>
 struct Tuned<T, 256, kExtent> : ForwardShape<T, 256, 2, 80, 1, 2, kExtent> {};
+template <class T>
+struct Tuned<T, 256, Extent::kDistances> : ForwardShape<T, 256, 2, 64, 1, 2, Extent::kDistances> {};
+template <class T>
+struct Tuned<T, 256, Extent::kDropout> : ForwardShape<T, 256, 2, 64, 1, 2, Extent::kDropout> {};
 
 // Heads that are worked on together. Where every row sees every key, the tiles of one head come one
 // after the other and share its keys and values. Where rows see less, tiles of all lengths must be
@@ -61,7 +67,7 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);
   return launch_kernel("sm90 forward", forward_kernel<S>, blocks, S::kThreads, kBytes, device,
-                       stream, maps, p, ScoreScale(p.scale, p.features.softcap), order);
+                       stream, maps, p, ScoreScale(p.scale, p.features), order);
 }
 
 template <class T>
@@ -69,6 +75,8 @@ std::string launch_typed(const ForwardParams& p, const Device& device, cudaStrea
   switch (extent(p)) {
     case Extent::kPlain:
       return launch<Tuned<T, SM90_HEAD_DIM, Extent::kPlain>>(p, device, stream);
+    case Extent::kDistances:
+      return launch<Tuned<T, SM90_HEAD_DIM, Extent::kDistances>>(p, device, stream);
     case Extent::kScores:
       return launch<Tuned<T, SM90_HEAD_DIM, Extent::kScores>>(p, device, stream);
     default:

@@ -15,6 +15,7 @@
 // wait cannot tell use u from u + 2, so no warp may fall two uses behind.
 #pragma once
 
+#include "cuda/sm90/forward_random.cuh"
 #include "cuda/sm90/forward_rows.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
@@ -38,7 +39,31 @@ struct Tile {
   int begin, end;          // those that this warpgroup's rows see
   int full_from, full_to;  // every row sees every key of blocks that start here
   int end_key;             // no row of the tile sees a key from here on
+  // kInProduct: of this warpgroup's rows, and whether all coordinates are far from wrapping around.
+  int min_position, max_position;
+  bool ordinary;
 };
+
+// On which side of all rows of a tile the keys of a block lie, and its place among
+// ForwardExtra::distance.
+enum Side { kBelow, kAbove, kNeither };
+template <class S>
+__device__ __forceinline__ bool are_ordinary(const KeyCoordinates& keys, const Tile& tile) {
+  constexpr int64_t kFar = 1 << 29;
+  const int64_t start = static_cast<int>(keys.start), stride = static_cast<int>(keys.stride);
+  const int64_t first = start + stride * tile.first_key,
+                last = start + stride * (tile.first_key + (tile.end + 1) * S::kKeys);
+  return -kFar < tile.min_position && tile.max_position < kFar && -kFar < min(first, last) &&
+         max(first, last) < kFar;
+}
+template <class S>
+__device__ __forceinline__ Side side_of(const KeyCoordinates& keys, const Tile& tile, int block) {
+  const int first = tile.first_key + block * S::kKeys;
+  const int from = keys.at(first), to = keys.at(first + S::kKeys - 1);
+  if (!tile.ordinary) return kNeither;
+  if (max(from, to) <= tile.min_position) return kBelow;
+  return min(from, to) >= tile.max_position ? kAbove : kNeither;
+}
 
 template <class S>
 __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreScale scale,
@@ -103,29 +128,21 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     tile.full_from = info.max_lo[group];
     tile.full_to = info.min_hi[group] - S::kKeys;
     tile.end_key = info.end_key;
-    const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
-    const bool sees = min_lo < max_hi;
-    tile.begin = sees ? (min_lo - tile.first_key) / S::kKeys : info.blocks;
-    tile.end = sees ? (max_hi - tile.first_key + S::kKeys - 1) / S::kKeys : info.blocks;
+    block_range<S>(info, group, &tile.begin, &tile.end);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = 64 * group + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
-      rows.lo[h] = smem.lo[i][row];
-      rows.hi[h] = smem.hi[i][row];
       rows.largest[h] = -INFINITY;
       rows.sum[h] = 0;
-      if constexpr (S::kShaped) {
-        const int at = info.at.row + row;
-        rows.position[h] =
-            at < p.n.sq ? aligned_position(p.features, p.mask, p.n, info.at.b, at) : row;
-      }
     }
-    const int64_t head = head_index(p.n, info.at);
     if constexpr (S::kShaped) {
-      rows.slope = alibi_slope(p.features, head) / scale.exponent;
+      rows.slope = info.slope;
       rows.keys = key_coordinates(p.features, info.at.b);
     }
-    if constexpr (S::kDropout) rows.stream = dropout_stream(p.features, head);
+    if constexpr (S::kInProduct) {
+      tile.min_position = info.min_position[group];
+      tile.max_position = info.max_position[group];
+      tile.ordinary = fabsf(scale.sign) == 1 && are_ordinary<S>(rows.keys, tile);
+    }
     return true;
   };
   // From a tile that was taken or not (`more`) to one of which these rows see something.
@@ -133,7 +150,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     while (more && tile.begin >= tile.end) {
       const TileInfo& info = smem.info[place.index()];
       float factor[2];
-      finish_rows<S>(p, rows, info.at, tile.group, scale_ln, factor);
+      finish_rows<S>(p, rows, smem.rows[place.index()], info.at, tile.group, scale_ln, factor);
       write_nothing<S>(p, info.at, tile.group);
       skip(info.blocks);
       release_query();
@@ -155,18 +172,35 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const auto ask_value = [&] {
     value_here = ptx::barrier_test(&smem.value_full[value.index()], value.parity());
   };
+  Side side = kNeither;  // of the block whose scores were asked for last
   struct ScoreOperands {
-    ptx::Operand query, key;
+    ptx::Operand query, key, side, distance;
   };
-  const auto score_operands = [&]() -> ScoreOperands {
-    return {ptx::operand(smem.query[query.index()] + 64 * tile.group * kChunk),
-            ptx::operand(smem.key[key.index()])};
+  const auto score_operands = [&](int block) -> ScoreOperands {
+    ScoreOperands operands{ptx::operand(smem.query[query.index()] + 64 * tile.group * kChunk),
+                           ptx::operand(smem.key[key.index()])};
+    if constexpr (S::kInProduct) {
+      side = side_of<S>(rows.keys, tile, block);
+      operands.side = ptx::operand(smem.side + 16 * side);
+      operands.distance = ptx::operand(smem.distance + 16 * place.index());
+    }
+    return operands;
   };
   const auto scores = [&](const ScoreOperands& operands) {
     if (!key_here) ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
     ptx::pin(rows.score);
     ptx::wgmma_fence();
     issue_scores<S>(rows.score, operands.query, operands.key);
+    if constexpr (S::kInProduct)
+      ptx::WgmmaShared<__nv_bfloat16, S::kKeys, 0, 0>::issue(rows.score, operands.side,
+                                                             operands.distance, 1);
+    ptx::wgmma_commit();
+  };
+  // A tile's first; no product is in flight.
+  const auto first_scores = [&] {
+    skip(tile.begin);
+    key_here = false;
+    scores(score_operands(tile.begin));
   };
   const auto scores_done = [&] {
     ptx::pin(rows.score);
@@ -176,6 +210,22 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
   // merge both, and the product in flight would read the next block's numbers.
   Probabilities<S> probability, rounded;
+  [[maybe_unused]] Ring<kRandomStages> random;
+  const auto take_bits = [&] {
+    if constexpr (S::kDropout) {
+      const int i = random.index();
+      ptx::barrier_wait(&smem.drop_full[warpgroup][i], random.parity());
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int w = 0; w < S::kDropWords; ++w)
+          rows.drop[h][w] = smem.drop[warpgroup][i][row_of_thread(0, h)][w];
+      }
+      __syncwarp();
+      if (thread % 32 == 0) ptx::barrier_arrive(&smem.drop_empty[warpgroup][i]);
+      random.next();
+    }
+  };
   const auto take_probabilities = [&] {
     if constexpr (S::kRoundsEarly) {
 #pragma unroll
@@ -184,6 +234,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ scale.zero;
       }
     } else {
+      take_bits();
       round_probabilities<S>(rows, probability);
     }
   };
@@ -208,27 +259,57 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     ptx::pin(probability);
     if (issued) release_value();
   };
+  // What is known of a block before its scores are there.
+  bool special = false;  // more is to be done than the softmax
+  const auto prepare = [&](int block) {
+    const int first = tile.first_key + block * S::kKeys;
+    bool rare = first < tile.full_from || first > tile.full_to;
+    if constexpr (S::kInProduct) {
+      rare |= side == kNeither;
+      const int* position = smem.rows[place.index()].position;
+      const int from = rows.keys.at(first);
+      const float slope = side == kNeither ? 0.0f : side == kBelow ? rows.slope : -rows.slope;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        rows.offset[h] = slope * static_cast<float>(from - position[row_of_thread(tile.group, h)]);
+    } else if constexpr (S::kShaped) {
+      rare |= rows.slope != 0;
+    }
+    special = __any_sync(0xffffffffu, rare);
+  };
   float correction[2];
   const auto exponentials = [&](int block) {
-    const int first = tile.first_key + block * S::kKeys;
     if (!S::kStaged && block == tile.end - 1) release_query();
-    if (S::kShaped && scale.capped) cap_scores<S>(rows, scale.factor);
-    if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
-    if constexpr (S::kShaped) {
-      if (rows.slope != 0) subtract_distances<S>(rows, first);
+    if constexpr (S::kCapped) {
+      if (scale.capped) cap_scores<S>(rows, scale.factor);
     }
-    if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
-      apply_mask<S>(rows, first);
+    if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
+    if (special) {
+      const int first = tile.first_key + block * S::kKeys;
+      const TileRows<S>& limits = smem.rows[place.index()];
+      if constexpr (S::kShaped) {
+        if (rows.slope != 0 && side == kNeither) {
+          int position[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = row_of_thread(tile.group, h);
+            if constexpr (S::kPositioned)
+              position[h] = limits.position[row];
+            else
+              position[h] = position_of(p, smem.info[place.index()].at, row);
+          }
+          subtract_distances<S>(rows, position, first);
+        }
+      }
+      if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
+        apply_mask<S>(rows, limits, tile.group, first);
+    }
     softmax<S>(rows, scale.exponent, correction);
-    if constexpr (S::kDropout) drop<S>(rows);
     if constexpr (S::kRoundsEarly) {
+      take_bits();
       round_probabilities<S>(rows, rounded);
       ptx::pin(rounded);
     }
-  };
-  const auto random_bits = [&](int block) {
-    if constexpr (S::kDropout)
-      decide<S>(rows, p.features.keep_threshold, tile.first_key + block * S::kKeys);
   };
   // From the scores of a tile's first block to the issue of its last product.
   const auto work = [&] {
@@ -238,14 +319,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     for (int n = tile.begin + 1; n < tile.end; ++n) {
-      const ScoreOperands operands = score_operands();  // early, for their latency
+      const ScoreOperands operands = score_operands(n);  // early, for their latency
       outputs_done(n > tile.begin + 1);
       ask_value();
       take_probabilities();
       scores(operands);
       if (rows.moved) scale_output<S>(rows, correction);
       outputs(n - 1);
-      random_bits(n);
+      prepare(n);
       ptx::wgmma_wait<1>();
       scores_done();
       ask_key();
@@ -272,19 +353,17 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 
   bool more = find_tile(take_tile());
   while (more) {
-    skip(tile.begin);
-    key_here = false;
-    scores(score_operands());
+    first_scores();
     int done, group;  // of the tile whose output is to be written
     bool taken;       // the tile behind it
     for (;;) {
-      random_bits(tile.begin);
+      prepare(tile.begin);
       ptx::wgmma_wait<0>();
       scores_done();
       work();
       done = place.index();
       group = tile.group;
-      finish_rows<S>(p, rows, smem.info[done].at, group, scale_ln, factor);
+      finish_rows<S>(p, rows, smem.rows[done], smem.info[done].at, group, scale_ln, factor);
       const int unseen = smem.info[done].blocks - tile.end;
       next_tile();
       // The loader comes to the next tile's queries with at most kStages values behind this one.
@@ -295,9 +374,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       taken = early;
       if (!early || !more || tile.begin >= tile.end) break;
       // The next tile's first scores come before this one's output.
-      skip(tile.begin);
-      key_here = false;
-      scores(score_operands());
+      first_scores();
       write(done, group);
     }
     write(done, group);
@@ -323,7 +400,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     for (int i = 0; i < kTiles; ++i) {
       ptx::barrier_init(&smem.info_full[i], 1);
-      ptx::barrier_init(&smem.info_empty[i], 4 * S::kGroups + 1);
+      ptx::barrier_init(&smem.info_empty[i], 4 * (S::kGroups + S::kDropout) + 1);
     }
     for (int i = 0; i < S::kStages; ++i) {
       ptx::barrier_init(&smem.key_full[i], 1);
@@ -331,18 +408,28 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       ptx::barrier_init(&smem.value_full[i], 1);
       ptx::barrier_init(&smem.value_empty[i], 4 * S::kGroups);
     }
+    if constexpr (S::kDropout) {
+      for (int i = 0; i < S::kGroups * kRandomStages; ++i) {
+        ptx::barrier_init(&smem.drop_full[0][i], 2);
+        ptx::barrier_init(&smem.drop_empty[0][i], 4);
+      }
+    }
     ptx::barrier_init_fence();
   }
+  if constexpr (S::kInProduct) init_distances<S>(smem);
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (threadIdx.x == 0) load<S>(maps, static_cast<int>(p.n.r), smem);
     const int group = threadIdx.x / 32 - 1;
-    if (0 <= group && group < S::kGroups) scout<S>(p, order, smem, group);
-  } else {
+    if (0 <= group && group < S::kGroups) scout<S>(p, order, scale, smem, group);
+  } else if (warpgroup <= S::kGroups) {
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, scale, smem, warpgroup - 1);
+  } else if constexpr (S::kDropout) {
+    ptx::release_registers<S::kRandomRegisters>();
+    make_random_bits<S>(p, smem);
   }
 }
 

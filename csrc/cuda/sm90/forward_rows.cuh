@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/forward_tiles.cuh"
+#include "cuda/sm90/dropout_bits.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -13,17 +13,15 @@ struct Rows {
   float out[S::kD / 2];
   float score[S::kKeys / 2];
   float largest[2], sum[2];
-  int lo[2], hi[2];
   bool moved;  // the reference of some row of the warp, so that O must be rescaled
-  // Where shaped: the aligned key coordinates; where there is dropout: the head's random stream.
-  int position[2];
+  // Where shaped; the slope in units of the raw score.
   float slope;
   KeyCoordinates keys;
-  uint4 stream;
-  uint32_t keep[S::kKeepWords];  // which scores of the block stay
+  float offset[2];                  // kInProduct: of all scores of a row in this block
+  uint32_t drop[2][S::kDropWords];  // dropout's flags of both rows in this block
 };
 
-// S = Q K^T, issued but not waited for.
+// S = Q K^T, issued but not committed.
 template <class S>
 __device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], ptx::Operand query,
                                              ptx::Operand key) {
@@ -34,7 +32,6 @@ __device__ __forceinline__ void issue_scores(float (&score)[S::kKeys / 2], ptx::
         score, ptx::advanced(query, chunk * S::kRows * 128 + inside),
         ptx::advanced(key, chunk * S::kKeys * 128 + inside), k > 0);
   }
-  ptx::wgmma_commit();
 }
 
 // Exponentials of a block in the element type, the A operand of O += P V.
@@ -45,10 +42,17 @@ using Probabilities = uint32_t[S::kKeys / 16][4];
 template <class S>
 __device__ __forceinline__ void issue_output(float (&out)[S::kD / 2], const Probabilities<S>& from,
                                              ptx::Operand value) {
+  // ptxas counts the registers of an instruction against a launch's share, 128 of four warpgroups.
+  constexpr int kColumns = S::kThreads == 512 && S::kD == 256 ? 128 : S::kD;
+  using Part = float[kColumns / 2];
 #pragma unroll
-  for (int k = 0; k < S::kKeys / 16; ++k)
-    ptx::WgmmaRegister<typename S::T, S::kD, 1>::issue(out, from[k],
-                                                       ptx::advanced(value, k * 16 * 128), 1);
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+#pragma unroll
+    for (int c = 0; c < S::kD; c += kColumns)
+      ptx::WgmmaRegister<typename S::T, kColumns, 1>::issue(
+          reinterpret_cast<Part&>(out[c / 2]), from[k],
+          ptx::advanced(value, (c / kChunk * S::kKeys + k * 16) * 128), 1);
+  }
   ptx::wgmma_commit();
 }
 
@@ -63,12 +67,14 @@ __device__ __forceinline__ uint64_t columns_before(int column) {
 
 // Keys the row does not see get -inf; `key` is the first of the block.
 template <class S>
-__device__ __forceinline__ void apply_mask(Rows<S>& rows, int key) {
+__device__ __forceinline__ void apply_mask(Rows<S>& rows, const TileRows<S>& limits, int group,
+                                           int key) {
   static_assert(S::kKeys / 4 <= 32, "a row's columns fit one word");
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const uint32_t seen = static_cast<uint32_t>(columns_before<S>(rows.hi[h] - key) &
-                                                ~columns_before<S>(rows.lo[h] - key));
+    const int row = row_of_thread(group, h);
+    const uint32_t seen = static_cast<uint32_t>(columns_before<S>(limits.hi[row] - key) &
+                                                ~columns_before<S>(limits.lo[row] - key));
 #pragma unroll
     for (int i = 0; i < S::kKeys / 4; ++i) {
       if (!(seen >> i & 1)) rows.score[4 * (i / 2) + 2 * h + i % 2] = -INFINITY;
@@ -85,7 +91,8 @@ __device__ __forceinline__ void cap_scores(Rows<S>& rows, float factor) {
 
 // S9: takes slope * distance off. `key` is the first of the block.
 template <class S>
-__device__ __forceinline__ void subtract_distances(Rows<S>& rows, int key) {
+__device__ __forceinline__ void subtract_distances(Rows<S>& rows, const int (&position)[2],
+                                                   int key) {
   // The sum of slope * distance runs on in slope * stride; a slope below 0 changes the sign of
   // both.
   const float step = rows.slope * static_cast<float>(static_cast<int>(rows.keys.stride));
@@ -93,7 +100,7 @@ __device__ __forceinline__ void subtract_distances(Rows<S>& rows, int key) {
   const auto apply = [&](auto less) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float taken = rows.slope * static_cast<float>(rows.position[h] - first);
+      const float taken = rows.slope * static_cast<float>(position[h] - first);
 #pragma unroll
       for (int i = 0; i < S::kKeys / 4; ++i) {
         float& x = rows.score[4 * (i / 2) + 2 * h + i % 2];
@@ -105,60 +112,6 @@ __device__ __forceinline__ void subtract_distances(Rows<S>& rows, int key) {
     apply([](float x, float y) { return x - y; });
   else
     apply([](float x, float y) { return x + y; });
-}
-
-// S12: which scores of a block stay, a bit each; it needs no score, so it runs while a product
-// does. Of a 16 x 16 square a thread holds what one Philox call serves, if its two rows lie eight
-// apart in one square; else it takes two.
-template <class S>
-__device__ __forceinline__ void decide(Rows<S>& rows, uint32_t threshold, int key) {
-  const uint32_t limit = (threshold << 16) - 1;  // for words whose upper half counts
-  const uint32_t i0 = rows.position[0], i1 = rows.position[1];
-  const DropoutRow row0 = dropout_row(i0), row1 = dropout_row(i1);
-  const uint32_t column = dropout_column(key + threadIdx.x % 4 * 2).counter;
-  // bits[2 * half + row]: of two keys.
-  const auto kept = [&](const uint32_t(&bits)[4]) {
-    uint32_t byte = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (bits[i] << 16 <= limit) byte |= 1u << 2 * i;
-      if (bits[i] <= limit) byte |= 2u << 2 * i;
-    }
-    return byte;
-  };
-  const bool paired = __all_sync(0xffffffffu, i0 % 16 < 8 && i1 == i0 + 8);
-#pragma unroll
-  for (int w = 0; w < S::kKeepWords; ++w) {
-    const int squares = min(4, S::kKeys / 16 - 4 * w), at = column + 16 * w;
-    uint32_t word = 0;
-    if (paired) {
-#pragma unroll
-      for (int k = 0; k < squares; ++k) {
-        const RandomWords x = random_words(rows.stream, row0.counter, at + 4 * k);
-        word |= kept({x.x[0], x.x[2], x.x[1], x.x[3]}) << 8 * k;
-      }
-    } else {
-#pragma unroll 1
-      for (int k = 0; k < squares; ++k) {
-        const RandomWords x = random_words(rows.stream, row0.counter, at + 4 * k);
-        const RandomWords y = random_words(rows.stream, row1.counter, at + 4 * k);
-        word |= kept({row0.word ? x.x[2] : x.x[0], row1.word ? y.x[2] : y.x[0],
-                      row0.word ? x.x[3] : x.x[1], row1.word ? y.x[3] : y.x[1]})
-                << 8 * k;
-      }
-    }
-    rows.keep[w] = word;
-  }
-#pragma unroll
-  for (uint32_t& word : rows.keep) asm volatile("" : "+r"(word));
-}
-
-// What stays is scaled with the output.
-template <class S>
-__device__ __forceinline__ void drop(Rows<S>& rows) {
-#pragma unroll
-  for (int i = 0; i < S::kKeys / 2; ++i)
-    if (!(rows.keep[i / 32] >> i % 32 & 1)) rows.score[i] = 0;
 }
 
 // Online softmax: scores become exponentials; returns the factors for earlier sums and outputs.
@@ -177,13 +130,17 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    largest[h] = fmaxf(rows.largest[h],
-                       fmaxf(fmaxf(chain[h][0], chain[h][1]), fmaxf(chain[h][2], chain[h][3])));
+    largest[h] = fmaxf(fmaxf(chain[h][0], chain[h][1]), fmaxf(chain[h][2], chain[h][3]));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xffffffffu, largest[h], lanes));
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (S::kInProduct) largest[h] += rows.offset[h];
+    largest[h] = fmaxf(rows.largest[h], largest[h]);
   }
   bool moved = false;
 #pragma unroll
@@ -196,6 +153,7 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
     reference[h] = largest[h] == -INFINITY ? 0.0f : largest[h] * scale;
     correction[h] = stays ? 1.0f : ptx::exp2_approx(rows.largest[h] * scale - reference[h]);
     rows.largest[h] = largest[h];
+    if constexpr (S::kInProduct) reference[h] -= rows.offset[h] * scale;
   }
   rows.moved = __any_sync(0xffffffffu, moved);
 #pragma unroll
@@ -211,14 +169,21 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
   for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * correction[h] + sum[h];
 }
 
+// What dropout keeps is scaled with the output.
 template <class S>
 __device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabilities<S>& to) {
 #pragma unroll
   for (int k = 0; k < S::kKeys / 16; ++k) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
       to[k][i] =
           ptx::pack(rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], typename S::T());
+      if constexpr (S::kDropout) {
+        const uint32_t word = rows.drop[i % 2][k / 2];
+        const int first = threadIdx.x % 4 * 2;
+        to[k][i] &= ~drop_mask(word << (7 - first), word << (6 - first), k % 2 * 2 + i / 2);
+      }
+    }
   }
 }
 
@@ -258,16 +223,16 @@ __device__ __forceinline__ void zero_values(typename S::T* value, int from) {
 constexpr float kNothing = -1.0f;
 template <class S>
 __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S>& rows,
-                                            const TilePlace& at, int group, float scale_ln,
-                                            float (&factor)[2]) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+                                            const TileRows<S>& limits, const TilePlace& at,
+                                            int group, float scale_ln, float (&factor)[2]) {
   const int64_t head = head_index(p.n, at);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float sum = rows.sum[h];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const bool nothing = rows.lo[h] >= rows.hi[h];
+    const int in_tile = row_of_thread(group, h), row = at.row + in_tile;
+    const bool nothing = limits.lo[in_tile] >= limits.hi[in_tile];
     float largest = rows.largest[h] * scale_ln;
     factor[h] = 1.0f;
     if (p.features.sinks) {  // S15: joins the denominator
@@ -280,8 +245,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S
     factor[h] = __fdividef(factor[h], sum);
     if constexpr (S::kDropout) factor[h] *= static_cast<float>(kept_scale(p.features));
     if (nothing) factor[h] = kNothing;
-    const int row = at.row + 64 * group + 16 * warp + lane / 4 + 8 * h;
-    if (lane % 4 == 0 && row < p.n.sq)
+    if (threadIdx.x % 4 == 0 && row < p.n.sq)
       static_cast<float*>(p.lse)[head * p.n.sq + row] =
           nothing ? -INFINITY : largest + __logf(sum);  // S10
   }

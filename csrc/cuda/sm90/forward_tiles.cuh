@@ -14,8 +14,12 @@ template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQuery
           int kKeyStages, Extent kExtent>
 struct ForwardShape {
   using T = Element;
-  static constexpr bool kShaped = kExtent >= Extent::kScores;  // softcap, ALiBi
+  static constexpr bool kShaped = kExtent != Extent::kPlain;  // ALiBi, so positions
+  static constexpr bool kCapped = kExtent >= Extent::kScores;
   static constexpr bool kDropout = kExtent >= Extent::kDropout;
+  // ALiBi's distances come with the scores' product, where a block lies to one side of its rows.
+  static constexpr bool kInProduct = kExtent == Extent::kDistances;
+  static constexpr bool kPositioned = kInProduct || kDropout;  // shared memory has positions
   static constexpr int kD = kHeadDim;
   static constexpr int kGroups = kRowGroups;
   static constexpr int kRows = 64 * kGroups;
@@ -25,14 +29,17 @@ struct ForwardShape {
   // Output leaves through its tile's query buffer, or, where there is only one of those, straight
   // from registers, so that the next queries can come.
   static constexpr bool kStaged = kQueries == kTiles;
-  static constexpr int kKeepWords = (kKeys + 63) / 64;  // dropout's bits of a thread's scores
+  static constexpr int kDropWords = kKeys / 32;  // dropout's flags of a row in a block
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
-  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256;  // there are registers for it
-  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kGroups));
+  static constexpr int kThreads = 128 * (kGroups + 1 + kDropout);
+  static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
+  static constexpr int kRandomRegisters = kDropout ? 56 : 0;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kDropout ? 216 : 232;
+  static constexpr bool kRoundsEarly =
+      kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
+  static_assert(registers_fit(kThreads / 128, kProducerRegisters + kRandomRegisters +
+                                                  kGroups * kConsumerRegisters));
 };
 
 // What consumers need to know of a tile.
@@ -50,42 +57,100 @@ struct TileInfo {
   int end_key;            // no row of the tile sees a key from here on
   // Per warpgroup: union and intersection of its rows' intervals.
   int min_lo[3], max_hi[3], max_lo[3], min_hi[3];
+  int min_position[3], max_position[3];  // kInProduct
+  float slope;                           // where shaped: ALiBi's, in units of the raw score
 };
 
 template <class S>
-struct ForwardSmem {
+struct TileRows {
+  int lo[S::kRows], hi[S::kRows];
+  int position[S::kPositioned ? S::kRows : 1];  // the aligned key coordinates
+};
+
+// What single extents need of shared memory.
+template <class S, bool kInProduct = S::kInProduct, bool kDropout = S::kDropout>
+struct ForwardExtra {};
+// S9: one more step of the scores' reduction adds the slope times a key's number in its block. B,
+// for each tile known, has that as the sum of three numbers of eight bits; A, in turn, has 1, -1
+// and 0.
+template <class S>
+struct ForwardExtra<S, true, false> {
+  alignas(1024) __nv_bfloat16 side[64 * kChunk];
+  alignas(1024) __nv_bfloat16 distance[S::kKeys * kChunk];
+};
+// Dropout's flags of the next blocks of each consumer warpgroup.
+constexpr int kRandomStages = 2;
+template <class S>
+struct ForwardExtra<S, false, true> {
+  alignas(16) uint32_t drop[S::kGroups][kRandomStages][64][S::kDropWords];
+  uint64_t drop_full[S::kGroups][kRandomStages], drop_empty[S::kGroups][kRandomStages];
+};
+
+template <class S>
+struct ForwardSmem : ForwardExtra<S> {
   alignas(1024) typename S::T query[S::kQueries][S::kRows * S::kWidth];
   alignas(1024) typename S::T key[S::kStages][S::kKeys * S::kWidth];
   alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
   TileInfo info[kTiles];
-  int lo[kTiles][S::kRows], hi[kTiles][S::kRows];
+  TileRows<S> rows[kTiles];
   uint64_t info_full[kTiles], info_empty[kTiles];
   uint64_t query_full[S::kQueries], query_empty[S::kQueries];
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
 };
 
-// Scores enter exp2 as exponent * (sign * s), exponent > 0, or with a softcap as
-// exponent * tanh(factor * s). A scale of 0 is sign 0: the sign is applied to scores at once,
-// before the mask, so that -inf stays -inf. So is a scale by which ALiBi's slopes cannot be
-// divided.
+// Scores enter exp2 as exponent * (sign * s), or with a softcap as
+// exponent * tanh(factor * (sign * s)); factor and exponent are above 0. A scale of 0 is sign 0:
+// the sign is applied to scores at once, before the mask, so that -inf stays -inf. So is a scale by
+// which ALiBi's slopes cannot be divided.
 struct ScoreScale {
-  bool capped;  // by softcap; factor may be 0
-  float factor;
-  float sign, exponent;
+  bool capped;
+  float sign, factor, exponent;
   uint32_t zero = 0;  // that ptxas knows nothing of
-  ScoreScale(double scale, double softcap)
-      : capped(softcap != 0),
-        factor(capped ? static_cast<float>(scale / softcap) : 0.0f),
-        sign(!capped && scale < 0 ? -1.0f : 1.0f) {
-    double magnitude = capped ? softcap : scale < 0 ? -scale : scale;
-    if (!capped && magnitude < 1e-20) {
-      sign = static_cast<float>(scale);
-      magnitude = 1;
-    }
-    exponent = static_cast<float>(magnitude * 1.4426950408889634);
+  ScoreScale(double scale, const Features& features) : capped(features.softcap != 0) {
+    double magnitude = scale < 0 ? -scale : scale;
+    const bool tiny = magnitude < 1e-20;
+    sign = tiny ? static_cast<float>(scale) : scale < 0 ? -1.0f : 1.0f;
+    if (tiny) magnitude = 1;
+    factor = capped ? static_cast<float>(magnitude / features.softcap) : 1.0f;
+    exponent = static_cast<float>((capped ? features.softcap : magnitude) * 1.4426950408889634);
   }
 };
+
+// Sixteen bytes of one step of a K-contiguous operand.
+__device__ __forceinline__ uint4& step_unit(__nv_bfloat16* operand, int row, int step) {
+  return reinterpret_cast<uint4*>(operand + row * kChunk)[2 * step ^ row % 8];
+}
+template <class S>
+__device__ void init_distances(ForwardSmem<S>& smem) {
+  constexpr int kUnits = kChunk / 8;
+  for (int i = threadIdx.x; i < S::kKeys * kUnits; i += S::kThreads)
+    reinterpret_cast<uint4*>(smem.distance)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < 64 * kUnits; i += S::kThreads) {
+    const int unit = i % kUnits ^ i / kUnits % 8;
+    const float x = unit == 0 ? 1.0f : unit == 2 ? -1.0f : 0.0f;
+    reinterpret_cast<uint4*>(smem.side)[i] =
+        make_uint4(ptx::pack(x, x, __nv_bfloat16()), ptx::pack(x, 0, __nv_bfloat16()), 0, 0);
+  }
+  ptx::proxy_fence();
+}
+// By one of the warps of the scout.
+template <class S>
+__device__ __forceinline__ void write_distances(ForwardSmem<S>& smem, int tile, int warp,
+                                                float step) {
+  for (int row = 32 * warp + threadIdx.x % 32; row < S::kKeys; row += 32 * S::kGroups) {
+    float rest = step * static_cast<float>(row);
+    const auto part = [&] {
+      const float x = __bfloat162float(__float2bfloat16_rn(rest));
+      rest -= x;
+      return x;
+    };
+    const float high = part(), middle = part(), low = part();
+    step_unit(smem.distance, row, tile) = make_uint4(ptx::pack(high, middle, __nv_bfloat16()),
+                                                     ptx::pack(low, 0, __nv_bfloat16()), 0, 0);
+  }
+  ptx::proxy_fence();
+}
 
 struct ForwardMaps {
   CUtensorMap query, key, value, out;
@@ -105,12 +170,33 @@ struct TileOrder {
   }
 };
 
+// The blocks that some row of a group sees: all behind the last one if there is none.
+template <class S>
+__device__ __forceinline__ void block_range(const TileInfo& info, int group, int* begin, int* end) {
+  const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
+  const bool sees = min_lo < max_hi;
+  *begin = sees ? (min_lo - info.first_key) / S::kKeys : info.blocks;
+  *end = sees ? (max_hi - info.first_key + S::kKeys - 1) / S::kKeys : info.blocks;
+}
+
+// A thread's rows of a tile, of accumulators: h is 0 or 1.
+__device__ __forceinline__ int row_of_thread(int group, int h) {
+  return 64 * group + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+}
+
+// The key coordinate that a row of a tile is aligned with; of rows past the last one, anything.
+__device__ __forceinline__ int position_of(const ForwardParams& p, const TilePlace& at, int row) {
+  return at.row + row < p.n.sq ? aligned_position(p.features, p.mask, p.n, at.b, at.row + row)
+                               : row;
+}
+
 // Limits of one warpgroup's rows of a tile, and their ranges, to shared memory; by one warp.
 template <class S>
 __device__ __forceinline__ void write_limits(const ForwardParams& p, const TilePlace& at, int group,
-                                             int* lo, int* hi, TileInfo* to) {
+                                             TileRows<S>* rows, TileInfo* to) {
   const int lane = threadIdx.x % 32;
   int min_lo = INT32_MAX, max_hi = 0, max_lo = 0, min_hi = INT32_MAX;
+  [[maybe_unused]] int min_position = INT32_MAX, max_position = INT32_MIN;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = group * 64 + half * 32 + lane;
@@ -124,8 +210,15 @@ __device__ __forceinline__ void write_limits(const ForwardParams& p, const TileP
       max_lo = max(max_lo, v.lo);
       min_hi = min(min_hi, v.hi);
     }
-    lo[row] = v.lo;
-    hi[row] = v.hi;
+    rows->lo[row] = v.lo;
+    rows->hi[row] = v.hi;
+    if constexpr (S::kPositioned) {
+      rows->position[row] = position_of(p, at, row);
+      if (at.row + row < p.n.sq) {
+        min_position = min(min_position, rows->position[row]);
+        max_position = max(max_position, rows->position[row]);
+      }
+    }
   }
   min_lo = warp_min(min_lo);
   max_hi = warp_max(max_hi);
@@ -137,12 +230,21 @@ __device__ __forceinline__ void write_limits(const ForwardParams& p, const TileP
     to->max_lo[group] = max_lo;
     to->min_hi[group] = min_hi;
   }
+  if constexpr (S::kInProduct) {
+    min_position = warp_min(min_position);
+    max_position = warp_max(max_position);
+    if (lane == 0) {
+      to->min_position[group] = min_position;
+      to->max_position[group] = max_position;
+    }
+  }
 }
 
 // What there is to know of the next tile, a warp for each group of its rows: consumers wait for it,
 // and so do the loads.
 template <class S>
-__device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& smem, int group) {
+__device__ void scout(const ForwardParams& p, TileOrder order, const ScoreScale& scale,
+                      ForwardSmem<S>& smem, int group) {
   constexpr int kBarrier = 1 + S::kGroups, kThreads = 32 * S::kGroups;  // of the scouts
   const bool leader = group == 0 && threadIdx.x % 32 == 0;
   for (Ring<kTiles> next;; next.next()) {
@@ -157,7 +259,17 @@ __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& s
     }
     ptx::named_sync(kBarrier, kThreads);
     const bool more = info.blocks != kNoMoreTiles;
-    if (more) write_limits<S>(p, info.at, group, smem.lo[i], smem.hi[i], &info);
+    if (more) write_limits<S>(p, info.at, group, &smem.rows[i], &info);
+    if constexpr (S::kShaped) {
+      if (more) {
+        const float slope = alibi_slope(p.features, head_index(p.n, info.at)) / scale.exponent;
+        if (leader) info.slope = slope;
+        if constexpr (S::kInProduct) {
+          const auto stride = static_cast<int>(key_coordinates(p.features, info.at.b).stride);
+          write_distances<S>(smem, i, group, scale.sign * slope * static_cast<float>(stride));
+        }
+      }
+    }
     ptx::named_sync(kBarrier, kThreads);
     if (leader) {
       if (more) {
@@ -167,7 +279,7 @@ __device__ void scout(const ForwardParams& p, TileOrder order, ForwardSmem<S>& s
           first = min(first, info.min_lo[w]);
           end = max(end, info.max_hi[w]);
         }
-        if constexpr (S::kDropout) first &= ~15;  // squares of random bits begin at multiples of 16
+        if constexpr (S::kDropout) first &= ~63;  // two words of flags
         info.first_key = first;
         info.end_key = end;
         info.blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;

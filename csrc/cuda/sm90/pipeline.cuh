@@ -9,9 +9,8 @@ namespace jax_flashattn::cuda::sm90 {
 // Whether what the warpgroups take with setmaxnreg is there: a launch gives each thread the same
 // share of the registers, in multiples of eight, and a warpgroup that asks for more than that in
 // all waits for ever.
-constexpr bool registers_fit(int producer, int consumer, int consumers) {
-  const int warpgroups = consumers + 1, share = 65536 / (128 * warpgroups) / 8 * 8;
-  return producer + consumers * consumer <= warpgroups * share;
+constexpr bool registers_fit(int warpgroups, int registers) {
+  return registers <= warpgroups * (65536 / (128 * warpgroups) / 8 * 8);
 }
 
 // A position in a ring of buffers: which one, and the parity of its barriers.

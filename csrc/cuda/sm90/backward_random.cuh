@@ -1,0 +1,69 @@
+// Dropout's flags (S12) for the backward kernels, by warps that the loads leave idle.
+#pragma once
+
+#include "cuda/sm90/backward_tiles.cuh"
+#include "cuda/sm90/dropout_bits.cuh"
+
+namespace jax_flashattn::cuda::sm90 {
+
+// By the producer warps from `first` on, in turns: lane l of one makes the flags of 32 rows' l-th.
+// Buffers are used in turn as `empty` says; store(buffer, n, row) is where the flags of the n-th 32
+// keys of a tile go.
+template <class S, class Store>
+__device__ void make_flags(const BackwardParams& p, const KeyTileOrder::Place& at,
+                           BackwardSmem<S>& smem, uint64_t* empty, const Store& store) {
+  constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
+  const int lane = threadIdx.x % 32;
+  Ring<S::kStages> ring;
+  for (int part = threadIdx.x / 32 - (4 - S::kRandomWarps);; ring.next()) {
+    const int s = ring.index();
+    ptx::barrier_wait(&smem.query_full[s], ring.parity());
+    if (smem.step[s].row == kNoMoreSteps) return;
+    ptx::barrier_wait(&empty[s], ring.parity() ^ 1);
+#pragma unroll 1
+    for (; part < kParts; part += S::kRandomWarps) {
+      const int row = 32 * part + lane;
+      DroppedRow dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row],
+                         p.features.keep_threshold);
+#pragma unroll 1
+      for (int n = 0; n < kWords; ++n) {
+        uint32_t word[1];
+        dropped.words(at.key + 32 * n, word);
+        store(s, n, row, word[0]);
+      }
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(&smem.flags_full[s]);
+    }
+    part -= kParts;
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&smem.query_empty[s]);
+  }
+}
+
+// Which of a fragment's probabilities stay, from the flags of 32 keys, of which `key` is the
+// thread's first: of its 16 rows in 64, bit n of each half of `keep` is row n or n + 8 with that
+// key, bit n + 8 with the second.
+template <int kCount>
+__device__ __forceinline__ void read_flags(uint32_t (&keep)[kCount], const uint32_t* flags,
+                                           int key) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    uint32_t dropped = 0;
+#pragma unroll
+    for (int m = 0; m < 8; ++m) {
+      const uint2 words =
+          *reinterpret_cast<const uint2*>(flags + 64 * k + 8 * m + threadIdx.x % 4 * 2);
+      dropped |= (words.x >> key & 0x101) << (m / 4 * 16 + m % 4 * 2);
+      dropped |= (words.y >> key & 0x101) << (m / 4 * 16 + m % 4 * 2 + 1);
+    }
+    keep[k] = ~dropped;
+  }
+}
+// Whether element i of the fragment does.
+template <int kCount>
+__device__ __forceinline__ bool stays(const uint32_t (&keep)[kCount], int i) {
+  const int row = i / 4 * 2 + i % 2, second = i / 2 % 2;
+  return keep[row / 16] >> (row % 16 / 8 * 16 + row % 8 + 8 * second) & 1;
+}
+
+}  // namespace jax_flashattn::cuda::sm90

@@ -1,0 +1,102 @@
+// Dropout's flags (S12), several words in step.
+#pragma once
+
+#include "cuda/ptx/wgmma.h"
+#include "semantics/params.h"
+#include "semantics/philox.h"
+
+namespace jax_flashattn::cuda::sm90 {
+
+// One number for each of several Philox calls, so that one's latency hides behind the others.
+template <int kCount>
+struct Lanes {
+  uint32_t x[kCount];
+};
+template <int kCount, class Function>
+__device__ __forceinline__ Lanes<kCount> each(const Function& f) {
+  Lanes<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.x[i] = f(i);
+  return result;
+}
+template <int kCount>
+__device__ __forceinline__ Lanes<kCount> operator^(const Lanes<kCount>& a, const Lanes<kCount>& b) {
+  return each<kCount>([&](int i) { return a.x[i] ^ b.x[i]; });
+}
+template <int kCount>
+__device__ __forceinline__ Lanes<kCount> operator+(const Lanes<kCount>& a, uint32_t b) {
+  return each<kCount>([&](int i) { return a.x[i] + b; });
+}
+struct MultiplyLanes {
+  template <int kCount>
+  __device__ __forceinline__ void operator()(const Lanes<kCount>& a, uint32_t b,
+                                             Lanes<kCount>* high, Lanes<kCount>* low) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) MultiplyWords{}(a.x[i], b, &high->x[i], &low->x[i]);
+  }
+};
+
+// The 64 key words and the batch and head index of a head's random bits.
+__device__ __forceinline__ uint4 dropout_stream(const Features& f, int64_t head) {
+  return *reinterpret_cast<const uint4*>(f.dropout + head * 4);
+}
+
+// The calls of a row: counter(i) is the second word of call i's.
+template <int kCount, class Counter>
+__device__ __forceinline__ void draw_calls(Lanes<kCount> (&x)[4], const uint4& stream,
+                                           uint32_t position, const Counter& counter) {
+  const auto same = [](uint32_t y) { return each<kCount>([&](int) { return y; }); };
+  x[0] = same(position);
+  x[1] = each<kCount>(counter);
+  x[2] = same(stream.z);
+  x[3] = same(stream.w);
+  philox(x, same(stream.x), same(stream.y), MultiplyLanes{});
+}
+
+// Two calls' fold, the second first: they hold the bits of `threshold` from `shift` on.
+template <int kCount>
+__device__ __forceinline__ uint32_t fold_pair(uint32_t dropped, const Lanes<kCount> (&x)[4],
+                                              int first, uint32_t threshold, int shift) {
+#pragma unroll
+  for (int call = 1; call >= 0; --call) {
+    const uint32_t planes[4] = {x[0].x[first + call], x[1].x[first + call], x[2].x[first + call],
+                                x[3].x[first + call]};
+    dropped = fold_call(dropped, planes, threshold >> (shift + 4 - 4 * call));
+  }
+  return dropped;
+}
+
+// Flags of a row, word after word. What the low byte says is kept as long as it serves.
+class DroppedRow {
+ public:
+  __device__ DroppedRow(const uint4& stream, int position, uint32_t threshold)
+      : stream_(stream), position_(static_cast<uint32_t>(position)), threshold_(threshold) {}
+
+  // Of columns j on, a multiple of 32 * kWords that is the same for the whole warp.
+  template <int kWords>
+  __device__ __forceinline__ void words(uint32_t j, uint32_t (&to)[kWords]) {
+    if (__any_sync(0xffffffffu, j / kDropoutShared != group_)) {
+      group_ = j / kDropoutShared;
+      Lanes<2> x[4];
+      draw_calls(x, stream_, position_, [&](int i) { return shared_counter(j, i); });
+      low_ = fold_pair(0xffffffffu, x, 0, threshold_, 0);
+    }
+    Lanes<2 * kWords> x[4];
+    draw_calls(x, stream_, position_,
+               [&](int i) { return own_counter(j + i / 2 * kDropoutWord, i % 2); });
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) to[w] = fold_pair(low_, x, 2 * w, threshold_, 8);
+  }
+
+ private:
+  uint4 stream_;
+  uint32_t position_, threshold_, group_ = ~0u, low_;
+};
+
+// All ones for what is dropped of two neighbouring scores: flags `first` + 8 * byte of word a and
+// of word b, that have been shifted left by 7 - first.
+__device__ __forceinline__ uint32_t drop_mask(uint32_t a, uint32_t b, int byte) {
+  return ptx::permute(a, b, (8 | byte) * 0x11 | (12 | byte) * 0x1100);
+}
+
+}  // namespace jax_flashattn::cuda::sm90
