@@ -28,7 +28,8 @@ struct Kernel<S, true> {
 
 // Key heads that are worked on together. Where every row sees every key one at a time, so that its
 // Q, dO and dQ stay in L2. Where rows see less, tiles of all lengths must be in flight to balance,
-// so as many as L2 holds, and no fewer than are worked on at once anyway.
+// so as many as L2 holds, and no fewer than are worked on at once anyway; then as many more as make
+// sections equal, because a last one of few heads would leave most of the GPU without work.
 int section(const BackwardParams& p, int64_t key_tiles, const Device& device) {
   constexpr int64_t kL2Bytes = 32 << 20;
   const Sizes& n = p.n;
@@ -36,7 +37,10 @@ int section(const BackwardParams& p, int64_t key_tiles, const Device& device) {
   if (!m.lo && !m.lengths && m.left == kUnbounded && m.right == kUnbounded) return 1;
   const int64_t all = n.b * n.g, head_bytes = n.r * n.sq * ((n.d + n.dv) * 2 + padded_width(n) * 4);
   const int64_t at_once = (device.multiprocessors + key_tiles - 1) / key_tiles;
-  const int64_t heads = clamp<int64_t>(kL2Bytes / head_bytes, at_once, all);
+  const int64_t least = clamp<int64_t>(kL2Bytes / head_bytes, at_once, all);
+  int64_t heads = least;
+  while (heads < 2 * least && all % heads != 0) ++heads;
+  if (all % heads != 0) heads = least;
   return static_cast<int>(heads < all ? heads : all);
 }
 

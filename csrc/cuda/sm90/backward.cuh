@@ -43,9 +43,10 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
 #pragma unroll
   for (int i = 0; i < S::kD / 2; ++i) t.dk[i] = t.dv[i] = 0;
 
+  const int4 key_range = w.key_range[at.b];  // early, for its latency
   ptx::barrier_wait(&smem.key_full, 0);
   ptx::barrier_wait(&smem.value_full, 0);
-  zero_unseen_keys<S>(w.key_range[at.b], at.key, smem, group);
+  zero_unseen_keys<S>(key_range, at.key, smem, group);
 
   const ptx::Operand key_rows = ptx::operand(smem.key + 64 * group * kChunk);
   const ptx::Operand value_rows = ptx::operand(smem.value + 64 * group * kChunk);
@@ -106,7 +107,21 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       const Distances distances = distances_of<S>(smem, s, step, keys, key);
       ptx::wgmma_wait<1>();
       ptx::pin(t.score);
-      make_probabilities<S>(t.score, shape, distances, smem, s, step, key);
+      // The softcap's derivative, where registers allow, in those of a dS^T that is done with.
+      constexpr bool kKeepsSteepness = S::kShaped && S::kRows == 64;
+      const auto keep_steepness = [&] {
+        if constexpr (kKeepsSteepness) {
+          if (shape.cap == 0) return;
+          const float inverse = 1.0f / shape.cap;
+          round_elements<__half>(
+              [&](int i) {
+                const float tanh = t.score[i] * inverse;
+                return 1.0f - tanh * tanh;
+              },
+              t.dscore);
+        }
+      };
+      make_probabilities<S>(t.score, shape, distances, smem, s, step, key, keep_steepness);
       if constexpr (kRoundEarly) round_probabilities();
       ptx::wgmma_wait<0>();
       ptx::pin(t.dprobability);
@@ -117,8 +132,15 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                                        : kept(i)    ? x * rescale
                                                     : 0.0f; },
           smem.statistics[s][1], step.partial);
-      if constexpr (S::kShaped)
+      if constexpr (kKeepsSteepness) {
+        if (shape.cap != 0) {
+#pragma unroll
+          for (int i = 0; i < S::kRows / 2; ++i)
+            t.dprobability[i] *= ptx::unpack(t.dscore[i / 8][i % 8 / 2], i % 2, __half());
+        }
+      } else if constexpr (S::kShaped) {
         softcap_gradients(t.dprobability, probability, smem.statistics[s][0], shape, distances);
+      }
       if constexpr (!kRoundEarly) round_probabilities();
       round_fragment<T>(t.dprobability, t.dscore);
       ptx::barrier_wait(&smem.dscore_empty[turn & 1], (turn >> 1 & 1) ^ 1);
@@ -191,7 +213,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
     store_gradient<S>(&maps.dk, smem.key, 64 * group, p.n.d, at);
     store_gradient<S>(&maps.dv, smem.value, 64 * group, p.n.dv, at);
     ptx::tma_commit();
-    ptx::tma_wait();
+    ptx::tma_wait_read();
   }
 }
 

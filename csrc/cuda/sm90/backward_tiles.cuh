@@ -323,14 +323,16 @@ __device__ __forceinline__ Distances distances_of(const BackwardSmem<S>& smem, i
           smem.limits[stage][S::kLimits - 1]};
 }
 
-// S^T to P^T, whole: shape, exponentials, mask.
-template <class S, int kCount>
+// S^T to P^T, whole: shape, exponentials, mask. `capped` is called between softcap and ALiBi.
+template <class S, int kCount, class Capped>
 __device__ __forceinline__ void make_probabilities(float (&score)[kCount], const ScoreShape& shape,
                                                    const Distances& distances,
                                                    const BackwardSmem<S>& smem, int stage,
-                                                   const Step& step, int key) {
+                                                   const Step& step, int key,
+                                                   const Capped& capped) {
   if constexpr (S::kShaped) {
     shape_scores(score, shape);
+    capped();
     take_distances(score, distances);
     probabilities(score, 1.0f, smem.statistics[stage][0]);
   } else {

@@ -50,9 +50,10 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
 #pragma unroll
   for (int i = 0; i < S::kD / 2; ++i) gradient[i] = 0;
 
+  const int4 key_range = w.key_range[at.b];  // early, for its latency
   ptx::barrier_wait(&smem.key_full, 0);
   ptx::barrier_wait(&smem.value_full, 0);
-  zero_unseen_keys<S>(w.key_range[at.b], at.key, smem, kGroup);
+  zero_unseen_keys<S>(key_range, at.key, smem, kGroup);
 
   const ptx::Operand keys = ptx::operand(kScores ? smem.key : smem.value);
   const auto issue_products = [&] {  // S^T = K Q^T, or dP^T = V dO^T
@@ -97,7 +98,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       ptx::pin(x);
       const Distances distances = distances_of<S>(smem, s, step, key_coordinate, key);
       if constexpr (kScores) {
-        make_probabilities<S>(x, shape, distances, smem, s, step, key);
+        make_probabilities<S>(x, shape, distances, smem, s, step, key, [] {});
         if constexpr (S::kDropout) {  // what is dropped goes on with a minus
           uint32_t keep[1];
           ptx::barrier_wait(&smem.flags_full[s], ring.parity());
@@ -209,7 +210,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
   if (thread == 0) {
     store_gradient<S>(kScores ? &maps.dv : &maps.dk, staging, 0, kScores ? p.n.dv : p.n.d, at);
     ptx::tma_commit();
-    ptx::tma_wait();
+    ptx::tma_wait_read();
   }
 }
 
