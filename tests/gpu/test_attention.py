@@ -5,6 +5,7 @@ the CPU instead, to test the tests.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 
 import jax
@@ -16,6 +17,7 @@ from support.case import Case, cases
 from support.check import GRADIENTS, check_case, check_results, execute, jitted
 from support.compare import assert_bitwise, assert_same_numbers
 from support.data import make_problem
+from support.memory_load import memory_load
 from support.tangent import check_tangents
 
 from jax_flashattn import _native, flash_attention
@@ -166,17 +168,25 @@ def test_forward_reruns_are_bitwise_equal(case, platform):
             np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max(), err_msg=name)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-def test_a_thousand_steps_are_bitwise_equal(d, platform):
-    """Registers that a product in flight still read were once overwritten, not in every run."""
+def test_a_thousand_steps_are_bitwise_equal(d, loaded, platform):
+    """Registers that a product in flight still read were once overwritten, not in every run.
+
+    With copies on another stream, what arrives from memory arrives at other times.
+    """
     rng = np.random.default_rng(d)
     arrays = [jnp.asarray(rng.standard_normal((2, 2048, 8, d)), jnp.bfloat16) for _ in range(3)]
     arrays = jax.device_put(arrays, jax.devices(platform)[0])
     run = jax.jit(lambda a: flash_attention(*a, causal=True, return_lse=True))
     first = run(arrays)
     differ = jax.jit(lambda a, b: sum(jnp.sum(x != y) for x, y in zip(a, b)))
-    counts = [differ(run(arrays), first) for _ in range(1000 if platform != "cpu" else 2)]
-    assert sum(int(n) for n in counts) == 0
+    steps = 1000 if platform != "cpu" else 2
+    load = memory_load() if loaded and platform != "cpu" else contextlib.nullcontext([1])
+    with load as copies:
+        counts = [differ(run(arrays), first) for _ in range(steps)]
+        assert sum(int(n) for n in counts) == 0
+    assert copies
 
 
 POISONED = (
