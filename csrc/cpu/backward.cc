@@ -172,7 +172,7 @@ template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                      const KeyGradients<typename M::Acc>& to, const Rows& rows,
                      const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
-                     int64_t count, const Finite& keys_are_finite) {
+                     int64_t count, const Finite& keys_are_finite, Ahead& ahead) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth, L = kLanes<Acc>;
   const Sizes& n = p.n;
@@ -194,23 +194,24 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
     const int64_t at = panel.begin * kRows + panel.row;  // of scores, and of P and dS by key
     const int64_t key_at = panel.begin * even(n.d);
     matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.d, D), t.key + key_at, even(n.d),
-                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows);
-    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.dv, D),
-                                   t.value + panel.begin * even(n.dv), even(n.dv),
-                                   t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows);
+                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows,
+                                   ahead);
+    matmul<M, false, Start::kZero>(
+        even(keys), vectors, ceil_div(n.dv, D), t.value + panel.begin * even(n.dv), even(n.dv),
+        t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows, ahead);
     for (int x = 0; x < vectors; ++x)
       score_gradients<M, kFeatured>(t, rows, panel, tile, sums, panel.row / L + x);
     if (panel.partial() && !(rows.finite && keys_are_finite()))
       return add_visible_gradients<M>(t, to, rows, panel, n, j0);
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.dv) / L, row_steps, t.p + at, kRows,
                                   t.dout_row + panel.row * padded_dim(n.dv), padded_dim(n.dv) * D,
-                                  to.dv(j0 + panel.begin), to.pitch);
+                                  to.dv(j0 + panel.begin), to.pitch, ahead);
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.d) / L, row_steps, t.ds + at, kRows,
                                   t.query_row + panel.row * padded_dim(n.d), padded_dim(n.d) * D,
-                                  to.dk(j0 + panel.begin), to.pitch);
+                                  to.dk(j0 + panel.begin), to.pitch, ahead);
     matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(keys, D), t.key_pairs + key_at,
                                  even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
-                                 kRows * D, t.dquery + panel.row, kRows);
+                                 kRows * D, t.dquery + panel.row, kRows, ahead);
   });
   if constexpr (kFeatured) {
     if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
@@ -249,6 +250,11 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
     const OnceKnown keys_are_finite(
         [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
+    Ahead ahead;
+    const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    want_keys(k, n, b, g, next, wanted, n.d, &ahead);
+    want_keys(v, n, b, g, next, wanted, n.dv, &ahead);
+    ahead.want(to.dk(next), wanted, to.pitch * sizeof(Acc), to.pitch * sizeof(Acc));
     for (int64_t x = 0; x < tiles; ++x) {
       if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
@@ -256,7 +262,7 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
       end[x] = j0 + reached;
       to.reach(j0, j0 + reached);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
-                                   reached, keys_are_finite);
+                                   reached, keys_are_finite, ahead);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
@@ -271,7 +277,7 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
 
 // Tiles of rows that share a packed tile of keys: what stays in the L2 cache.
 inline int64_t tiles_per_group(const Sizes& n) {
-  constexpr int64_t kBytes = 384 * 1024;
+  constexpr int64_t kBytes = 768 * 1024;
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 

@@ -180,7 +180,7 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
 template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
                      const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
-                     int64_t count, const Finite& values_are_finite) {
+                     int64_t count, const Finite& values_are_finite, Ahead& ahead) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const Sizes& n = p.n;
@@ -193,14 +193,14 @@ inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const R
     const int64_t keys = panel.end - panel.begin, at = panel.begin * kRows;
     matmul<M, false, Start::kZero>(
         even(keys), vectors, ceil_div(n.d, D), t.key + panel.begin * even(n.d), even(n.d),
-        t.query + panel.row * D, kRows * D, t.score + at + panel.row, kRows);
+        t.query + panel.row * D, kRows * D, t.score + at + panel.row, kRows, ahead);
     softmax<M, kFeatured>(t, rows, panel, tile, c);
     if (panel.partial() && !values_are_finite())
       return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, panel, n, b, g, j0);
     matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(keys, D),
                                      t.value + panel.begin * even(n.dv), even(n.dv) * D,
                                      t.probability + at + panel.row * D, kRows * D,
-                                     t.out + panel.row, kRows, t.correction + panel.row);
+                                     t.out + panel.row, kRows, ahead, t.correction + panel.row);
   });
 }
 
@@ -239,10 +239,15 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     const OnceKnown values_are_finite([&] {
       return all_finite(buffers.value, ceil_div(count, M::kDepth) * M::kDepth * even(n.dv));
     });
+    Ahead ahead;
+    const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    want_keys(k, n, b, g, next, wanted, n.d, &ahead);
+    want_keys(v, n, b, g, next, wanted, n.dv, &ahead);
     for (int64_t x = 0; x < tiles; ++x)
       if (classify(rows[x].limits, j0, j0 + count) != TileClass::kSkip)
         add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
-                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite);
+                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite,
+                                     ahead);
   }
   for (int64_t x = 0; x < tiles; ++x)
     write_rows<M, Storage, kFeatured>(buffers.of_tile(x), p, rows[x], b, g);
