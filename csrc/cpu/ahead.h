@@ -11,7 +11,8 @@ class Ahead {
  public:
   // `rows` rows of `bytes` each, `pitch` bytes from one to the next.
   void want(const void* first, int64_t rows, int64_t bytes, int64_t pitch) {
-    if (rows > 0) regions_[wanted_++] = {static_cast<const char*>(first), rows, bytes, pitch};
+    if (rows > 0 && wanted_ < kMost)
+      regions_[wanted_++] = {static_cast<const char*>(first), rows, bytes, pitch};
   }
   // The next few of them.
   void ask() {
@@ -26,10 +27,11 @@ class Ahead {
   }
 
  private:
+  static constexpr int kMost = 24;  // the rest goes unasked
   struct Region {
     const char* row;
     int64_t rows, bytes, pitch;
-  } regions_[4];
+  } regions_[kMost];
   int wanted_ = 0, asked_ = 0;
 };
 

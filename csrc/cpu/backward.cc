@@ -184,7 +184,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
   if constexpr (kFeatured) {
     if (t.bias_sum) sums = {t.bias_sum + j0 * kRows, kRows, true};
     if (is_bias_per_pair(p)) sums = {t.dbias, kRows, false};
-    if (is_bias_per_key(p)) sums = {t.dbias, L, true};
+    if (p.bias_per_key) sums = {t.dbias, L, true};
     const bool full = classify(rows.limits, j0, j0 + count) == TileClass::kFull;
     if (sums.to == t.dbias && (sums.add || !full)) fill(t.dbias, count * sums.step, Acc(0));
   }
@@ -215,7 +215,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
   });
   if constexpr (kFeatured) {
     if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
-    if (is_bias_per_key(p)) add_key_biases(p, to, t.dbias, rows, j0, count);
+    if (p.bias_per_key) add_key_biases(p, to, t.dbias, rows, j0, count);
   }
 }
 
@@ -235,11 +235,15 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
     if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+  }
+  const auto* q = static_cast<const Storage*>(p.q);
+  const auto* dout = static_cast<const Storage*>(p.dout);
+  const auto begin_tile = [&](int64_t x) {
     const auto t = buffers.of_tile(x);
     pack_tile<M, Storage>(p, t, rows[x], b, g);
     rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&
                      all_finite(t.dout_row, kRows * padded_dim(n.dv));
-  }
+  };
   for (int64_t j0 = all.min_lo / 2 * 2; j0 < all.max_hi; j0 += kTileKeys) {
     // Products write an even number of accumulator rows: tiles begin at an even key and have an
     // even count, except at the end of an odd number of keys, where the accumulators have a spare
@@ -252,20 +256,31 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
         [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
     Ahead ahead;
     const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    for (int64_t x = 1; x < tiles; ++x) {
+      if (end[x] > 0) continue;
+      want_rows(q, rows[x], n, b, g, n.d, &ahead);
+      want_rows(dout, rows[x], n, b, g, n.dv, &ahead);
+    }
     want_keys(k, n, b, g, next, wanted, n.d, &ahead);
     want_keys(v, n, b, g, next, wanted, n.dv, &ahead);
     ahead.want(to.dk(next), wanted, to.pitch * sizeof(Acc), to.pitch * sizeof(Acc));
     for (int64_t x = 0; x < tiles; ++x) {
       if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
-      if (end[x] == 0) begin[x] = j0;
+      if (end[x] == 0) {
+        begin[x] = j0;
+        begin_tile(x);
+      }
       end[x] = j0 + reached;
       to.reach(j0, j0 + reached);
+      if (rows[x].limits.max_hi <= next)
+        want_rows(static_cast<const Storage*>(p.dq), rows[x], n, b, g, n.d, &ahead);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
                                    reached, keys_are_finite, ahead);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
+    if (end[x] == 0) begin_tile(x);
     Acc factor[kRows];
     fill(factor, kRows, static_cast<Acc>(p.scale));
     write_columns<Acc>(buffers.of_tile(x).dquery, factor, rows[x], n, b, g, n.d,
@@ -301,7 +316,7 @@ void add_shares(const BackwardParams& p, Executor& executor) {
     const BackwardParams& p;
     RowMap map;
     int64_t per_group;
-  } context{p, is_bias_per_key(p) ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
+  } context{p, p.bias_per_key ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
             tiles_per_group(p.n)};
   executor.run(
       p.n.b * p.n.g * p.parts, 5 * score_work(p.n),

@@ -323,7 +323,7 @@ void bias_gradient(const BackwardParams& p, Executor& executor) {
       context.blocks.count(), 2 * score_work(p.n),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
-        if (is_bias_per_key(x.p)) return write_key_biases<Storage>(x.p, x.blocks, index);
+        if (x.p.bias_per_key) return write_key_biases<Storage>(x.p, x.blocks, index);
         bias_gradient_block<Storage>(x.p, x.blocks, index);
       },
       &context);

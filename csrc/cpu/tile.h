@@ -243,6 +243,17 @@ inline void want_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, 
               n.g * width * kBytes);
 }
 
+// The same for a tile's rows of a query-shaped array, to be read or written, if they are one
+// head's.
+template <class Storage>
+inline void want_rows(const Storage* src, const Rows& rows, const Sizes& n, int64_t b, int64_t g,
+                      int64_t width, Ahead* ahead) {
+  constexpr int64_t kBytes = sizeof(Storage);
+  if (rows.count > 0 && rows.head[0] == rows.head[rows.count - 1])
+    ahead->want(src + row_offset(rows, n, b, g, 0, width), rows.count, width * kBytes,
+                n.g * n.r * width * kBytes);
+}
+
 // kLanes<Acc> units of a row, starting at unit c, as they will lie in one column each.
 template <class M, class Storage>
 inline auto load_units(const Storage* row, int64_t c) {
