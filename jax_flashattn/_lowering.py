@@ -16,6 +16,9 @@ from jax_flashattn._operands import Operands, is_absent, statistics_dtype
 from jax_flashattn._primitives import flash_backward_p, flash_forward_p, flash_tangent_p
 
 _CUDA_DTYPES = ("bfloat16", "float16")
+# Scratch of more than 32 MB the C library takes from the system anew for every call, page by page.
+# XLA keeps it together with a program's other temporaries.
+_RECYCLED_BYTES = 30 << 20
 
 
 def _scratch(platform: str, target: str, query, key, value, bias) -> dict[str, ShapeDtypeStruct]:
@@ -51,20 +54,23 @@ def _accumulators(query, key, value, bias) -> ShapeDtypeStruct:
     """
     b, sq, hq, d = query.shape
     _, sk, g, _ = key.shape
-    wanted_tasks, most_shares, rows_per_share = 32, 8, 1024
-    rows = sq * hq // max(g, 1)
-    tasks = b * g
-    if not is_absent(bias) and min(bias.shape[2:]) > 1 and bias.shape[:2] != (b, hq):
-        rows_per_share, wanted_tasks, rows = 128, 16, sq
-        tasks = (b if bias.shape[0] > 1 else 1) * (g if bias.shape[1] > 1 else 1)
-    shares = min(rows // rows_per_share, -(-wanted_tasks // max(tasks, 1)), most_shares)
     columns = [d, value.shape[3]]
     if not is_absent(bias) and bias.shape[2] == 1 < bias.shape[3] and bias.shape != (b, hq, sq, sk):
         columns.append(hq // max(g, 1))  # a bias per key: its gradient lies beside dk and dv
-    width = sum(-(-n // 16) * 16 for n in columns)  # rows of whole vectors
-    return ShapeDtypeStruct(
-        (b, g, max(shares, 1), sk + sk % 2 + 1, width), statistics_dtype(query.dtype)
-    )
+    rows, width = sk + sk % 2 + 1, sum(-(-n // 16) * 16 for n in columns)  # whole vectors
+    dtype = statistics_dtype(query.dtype)
+    most_shares, wanted_tasks = 8, 16
+    if not is_absent(bias) and min(bias.shape[2:]) > 1 and bias.shape[:2] != (b, hq):
+        tasks = (b if bias.shape[0] > 1 else 1) * (g if bias.shape[1] > 1 else 1)
+        shares = sq // 128
+    else:
+        tasks = b * g
+        shares = sq * hq // max(g, 1) // 1024
+        recycled = _RECYCLED_BYTES // max(b * g * rows * width * dtype.itemsize, 1)
+        if recycled > 1:
+            most_shares = min(most_shares, recycled)
+    shares = min(shares, -(-wanted_tasks // max(tasks, 1)), most_shares)
+    return ShapeDtypeStruct((b, g, max(shares, 1), rows, width), dtype)
 
 
 def _check_cuda(query, bias) -> None:

@@ -48,7 +48,7 @@ constexpr int64_t padded_dim(int64_t d) { return (d + 15) / 16 * 16; }
 
 // Of an accumulator row of the backward: dK, dV, and for a bias per key its gradient by query head.
 FLASH_FN int64_t accumulator_columns(const BackwardParams& p) {
-  return padded_dim(p.n.d) + padded_dim(p.n.dv) + (is_bias_per_key(p) ? padded_dim(p.n.r) : 0);
+  return padded_dim(p.n.d) + padded_dim(p.n.dv) + (p.bias_per_key ? padded_dim(p.n.r) : 0);
 }
 
 }  // namespace jax_flashattn::cpu

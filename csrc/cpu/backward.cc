@@ -172,7 +172,7 @@ template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
                      const KeyGradients<typename M::Acc>& to, const Rows& rows,
                      const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
-                     int64_t count, const Finite& keys_are_finite) {
+                     int64_t count, const Finite& keys_are_finite, Ahead& ahead) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth, L = kLanes<Acc>;
   const Sizes& n = p.n;
@@ -184,7 +184,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
   if constexpr (kFeatured) {
     if (t.bias_sum) sums = {t.bias_sum + j0 * kRows, kRows, true};
     if (is_bias_per_pair(p)) sums = {t.dbias, kRows, false};
-    if (is_bias_per_key(p)) sums = {t.dbias, L, true};
+    if (p.bias_per_key) sums = {t.dbias, L, true};
     const bool full = classify(rows.limits, j0, j0 + count) == TileClass::kFull;
     if (sums.to == t.dbias && (sums.add || !full)) fill(t.dbias, count * sums.step, Acc(0));
   }
@@ -194,27 +194,28 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
     const int64_t at = panel.begin * kRows + panel.row;  // of scores, and of P and dS by key
     const int64_t key_at = panel.begin * even(n.d);
     matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.d, D), t.key + key_at, even(n.d),
-                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows);
-    matmul<M, false, Start::kZero>(even(keys), vectors, ceil_div(n.dv, D),
-                                   t.value + panel.begin * even(n.dv), even(n.dv),
-                                   t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows);
+                                   t.query_col + panel.row * D, kRows * D, t.score + at, kRows,
+                                   ahead);
+    matmul<M, false, Start::kZero>(
+        even(keys), vectors, ceil_div(n.dv, D), t.value + panel.begin * even(n.dv), even(n.dv),
+        t.dout_col + panel.row * D, kRows * D, t.dprob + at, kRows, ahead);
     for (int x = 0; x < vectors; ++x)
       score_gradients<M, kFeatured>(t, rows, panel, tile, sums, panel.row / L + x);
     if (panel.partial() && !(rows.finite && keys_are_finite()))
       return add_visible_gradients<M>(t, to, rows, panel, n, j0);
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.dv) / L, row_steps, t.p + at, kRows,
                                   t.dout_row + panel.row * padded_dim(n.dv), padded_dim(n.dv) * D,
-                                  to.dv(j0 + panel.begin), to.pitch);
+                                  to.dv(j0 + panel.begin), to.pitch, ahead);
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.d) / L, row_steps, t.ds + at, kRows,
                                   t.query_row + panel.row * padded_dim(n.d), padded_dim(n.d) * D,
-                                  to.dk(j0 + panel.begin), to.pitch);
+                                  to.dk(j0 + panel.begin), to.pitch, ahead);
     matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(keys, D), t.key_pairs + key_at,
                                  even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
-                                 kRows * D, t.dquery + panel.row, kRows);
+                                 kRows * D, t.dquery + panel.row, kRows, ahead);
   });
   if constexpr (kFeatured) {
     if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
-    if (is_bias_per_key(p)) add_key_biases(p, to, t.dbias, rows, j0, count);
+    if (p.bias_per_key) add_key_biases(p, to, t.dbias, rows, j0, count);
   }
 }
 
@@ -234,11 +235,15 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     all = unite(all, rows[x].limits);
     if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
+  }
+  const auto* q = static_cast<const Storage*>(p.q);
+  const auto* dout = static_cast<const Storage*>(p.dout);
+  const auto begin_tile = [&](int64_t x) {
     const auto t = buffers.of_tile(x);
     pack_tile<M, Storage>(p, t, rows[x], b, g);
     rows[x].finite = all_finite(t.query_row, kRows * padded_dim(n.d)) &&
                      all_finite(t.dout_row, kRows * padded_dim(n.dv));
-  }
+  };
   for (int64_t j0 = all.min_lo / 2 * 2; j0 < all.max_hi; j0 += kTileKeys) {
     // Products write an even number of accumulator rows: tiles begin at an even key and have an
     // even count, except at the end of an odd number of keys, where the accumulators have a spare
@@ -249,17 +254,33 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
     const OnceKnown keys_are_finite(
         [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
+    Ahead ahead;
+    const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    for (int64_t x = 1; x < tiles; ++x) {
+      if (end[x] > 0) continue;
+      want_rows(q, rows[x], n, b, g, n.d, &ahead);
+      want_rows(dout, rows[x], n, b, g, n.dv, &ahead);
+    }
+    want_keys(k, n, b, g, next, wanted, n.d, &ahead);
+    want_keys(v, n, b, g, next, wanted, n.dv, &ahead);
+    ahead.want(to.dk(next), wanted, to.pitch * sizeof(Acc), to.pitch * sizeof(Acc));
     for (int64_t x = 0; x < tiles; ++x) {
       if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
       const int64_t reached = min64(count, even(rows[x].limits.max_hi - j0));
-      if (end[x] == 0) begin[x] = j0;
+      if (end[x] == 0) {
+        begin[x] = j0;
+        begin_tile(x);
+      }
       end[x] = j0 + reached;
       to.reach(j0, j0 + reached);
+      if (rows[x].limits.max_hi <= next)
+        want_rows(static_cast<const Storage*>(p.dq), rows[x], n, b, g, n.d, &ahead);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
-                                   reached, keys_are_finite);
+                                   reached, keys_are_finite, ahead);
     }
   }
   for (int64_t x = 0; x < tiles; ++x) {
+    if (end[x] == 0) begin_tile(x);
     Acc factor[kRows];
     fill(factor, kRows, static_cast<Acc>(p.scale));
     write_columns<Acc>(buffers.of_tile(x).dquery, factor, rows[x], n, b, g, n.d,
@@ -271,7 +292,7 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
 
 // Tiles of rows that share a packed tile of keys: what stays in the L2 cache.
 inline int64_t tiles_per_group(const Sizes& n) {
-  constexpr int64_t kBytes = 384 * 1024;
+  constexpr int64_t kBytes = 768 * 1024;
   return clamp<int64_t>(kBytes / ((3 * n.d + 2 * n.dv) * kRows * 4), 1, kMostTiles);
 }
 
@@ -295,7 +316,7 @@ void add_shares(const BackwardParams& p, Executor& executor) {
     const BackwardParams& p;
     RowMap map;
     int64_t per_group;
-  } context{p, is_bias_per_key(p) ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
+  } context{p, p.bias_per_key ? RowMap(p.n, RowMap::whole_tiles(p.n.sq)) : RowMap(p.n),
             tiles_per_group(p.n)};
   executor.run(
       p.n.b * p.n.g * p.parts, 5 * score_work(p.n),

@@ -180,10 +180,11 @@ inline void add_score_gradients(const BackwardParams& p, const BiasGradientBuffe
   const int vectors = static_cast<int>(ceil_div(rows.count, L));
   pack_keys<M>(static_cast<const Storage*>(p.k), n, b, g, j0, count, n.d, t.key);
   pack_keys<M>(static_cast<const Storage*>(p.v), n, b, g, j0, count, n.dv, t.value);
+  Ahead ahead;  // nothing
   matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.d, M::kDepth), t.key, even(n.d),
-                                 t.query, kRows * M::kDepth, t.score, kRows);
+                                 t.query, kRows * M::kDepth, t.score, kRows, ahead);
   matmul<M, false, Start::kZero>(even(count), vectors, ceil_div(n.dv, M::kDepth), t.value,
-                                 even(n.dv), t.dout, kRows * M::kDepth, t.dprob, kRows);
+                                 even(n.dv), t.dout, kRows * M::kDepth, t.dprob, kRows, ahead);
   const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b),
                                j0,         count,    exponent_scale<Acc>(p.scale),
                                t.bias,     t.keep};
@@ -322,7 +323,7 @@ void bias_gradient(const BackwardParams& p, Executor& executor) {
       context.blocks.count(), 2 * score_work(p.n),
       [](void* data, int64_t index) {
         const auto& x = *static_cast<const Context*>(data);
-        if (is_bias_per_key(x.p)) return write_key_biases<Storage>(x.p, x.blocks, index);
+        if (x.p.bias_per_key) return write_key_biases<Storage>(x.p, x.blocks, index);
         bias_gradient_block<Storage>(x.p, x.blocks, index);
       },
       &context);

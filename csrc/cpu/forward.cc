@@ -180,7 +180,7 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
 template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const Rows& rows,
                      const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
-                     int64_t count, const Finite& values_are_finite) {
+                     int64_t count, const Finite& values_are_finite, Ahead& ahead) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const Sizes& n = p.n;
@@ -193,14 +193,14 @@ inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const R
     const int64_t keys = panel.end - panel.begin, at = panel.begin * kRows;
     matmul<M, false, Start::kZero>(
         even(keys), vectors, ceil_div(n.d, D), t.key + panel.begin * even(n.d), even(n.d),
-        t.query + panel.row * D, kRows * D, t.score + at + panel.row, kRows);
+        t.query + panel.row * D, kRows * D, t.score + at + panel.row, kRows, ahead);
     softmax<M, kFeatured>(t, rows, panel, tile, c);
     if (panel.partial() && !values_are_finite())
       return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, panel, n, b, g, j0);
     matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(keys, D),
                                      t.value + panel.begin * even(n.dv), even(n.dv) * D,
                                      t.probability + at + panel.row * D, kRows * D,
-                                     t.out + panel.row, kRows, t.correction + panel.row);
+                                     t.out + panel.row, kRows, ahead, t.correction + panel.row);
   });
 }
 
@@ -222,12 +222,17 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     rows[x] = tile_rows(map, n, p.mask, b, first + x);
     if constexpr (kFeatured) find_row_features(p.features, p.mask, n, rows[x], b, g, &features[x]);
     all = unite(all, rows[x].limits);
+  }
+  bool begun[kMostTiles] = {};
+  const auto begin = [&](int64_t x) {
+    if (begun[x]) return;
+    begun[x] = true;
     const auto t = buffers.of_tile(x);
     pack_columns<M>(q, rows[x], n, b, g, n.d, p.scale < 0, t.query);
     fill(t.max, kRows, -std::numeric_limits<Acc>::infinity());
     fill(t.sum, kRows, Acc(0));
     fill(t.out, even(n.dv) * kRows, Acc(0));
-  }
+  };
 
   for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
     const int64_t count = min64(kTileKeys, all.max_hi - j0);
@@ -239,13 +244,26 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     const OnceKnown values_are_finite([&] {
       return all_finite(buffers.value, ceil_div(count, M::kDepth) * M::kDepth * even(n.dv));
     });
-    for (int64_t x = 0; x < tiles; ++x)
-      if (classify(rows[x].limits, j0, j0 + count) != TileClass::kSkip)
-        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
-                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite);
+    Ahead ahead;
+    const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    for (int64_t x = 1; x < tiles; ++x)
+      if (!begun[x]) want_rows(q, rows[x], n, b, g, n.d, &ahead);
+    want_keys(k, n, b, g, next, wanted, n.d, &ahead);
+    want_keys(v, n, b, g, next, wanted, n.dv, &ahead);
+    for (int64_t x = 0; x < tiles; ++x) {
+      if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
+      begin(x);
+      if (rows[x].limits.max_hi <= next)
+        want_rows(static_cast<const Storage*>(p.out), rows[x], n, b, g, n.dv, &ahead);
+      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
+                                   min64(count, rows[x].limits.max_hi - j0), values_are_finite,
+                                   ahead);
+    }
   }
-  for (int64_t x = 0; x < tiles; ++x)
+  for (int64_t x = 0; x < tiles; ++x) {
+    begin(x);
     write_rows<M, Storage, kFeatured>(buffers.of_tile(x), p, rows[x], b, g);
+  }
 }
 
 }  // namespace

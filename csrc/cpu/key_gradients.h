@@ -60,7 +60,8 @@ void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int6
   constexpr int L = kLanes<Acc>;
   const Sizes& n = p.n;
   const int64_t first = first_part<Acc>(p, b, g, j0);
-  const KeyGradients<Acc> sum(p, first, b, g);
+  const bool reached = first < p.parts;
+  const KeyGradients<Acc> sum(p, reached ? first : 0, b, g);
   for (int64_t part = first + 1; part < p.parts; ++part) {
     const KeyGradients<Acc> share(p, part, b, g);
     if (!share.has_reached(j0)) continue;
@@ -69,17 +70,21 @@ void finish_keys(const BackwardParams& p, int64_t b, int64_t g, int64_t j0, int6
     for (int64_t x = 0; x < (j1 - j0) * sum.pitch; x += L)
       store(to + x, load(to + x) + load(from + x));
   }
-  const auto write = [&](const Acc* from, int64_t width, Acc factor, Storage* to) {
+  const auto write = [&](const Acc* from, int64_t width, Acc factor, void* to, int64_t j) {
+    const auto row = [&](int64_t j) {
+      return static_cast<Storage*>(to) + ((b * n.sk + j) * n.g + g) * width;
+    };
+    constexpr int64_t kAhead = 8;  // rows lie far apart
+    const Storage* const soon = row(min64(j + kAhead, j1 - 1));
     for (int64_t e = 0; e < width; e += L) {
-      const Vec<Acc> x = first < p.parts ? load(from + e) : Vec<Acc>{};
-      store_some<Acc>(to + e, width - e, x * factor);
+      __builtin_prefetch(soon + e, 1);
+      const Vec<Acc> x = reached ? load(from + e) : Vec<Acc>{};
+      store_some<Acc>(row(j) + e, width - e, x * factor);
     }
   };
   for (int64_t j = j0; j < j1; ++j) {
-    const int64_t row = (b * n.sk + j) * n.g + g;
-    write(sum.dk(j), n.d, static_cast<Acc>(p.scale), static_cast<Storage*>(p.dk) + row * n.d);
-    write(sum.dv(j), n.dv, static_cast<Acc>(kept_scale(p.features)),
-          static_cast<Storage*>(p.dv) + row * n.dv);
+    write(sum.dk(j), n.d, static_cast<Acc>(p.scale), p.dk, j);
+    write(sum.dv(j), n.dv, static_cast<Acc>(kept_scale(p.features)), p.dv, j);
   }
 }
 

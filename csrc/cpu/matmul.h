@@ -5,6 +5,7 @@
 // transposed: lanes are query rows (see forward.cc).
 #pragma once
 
+#include "cpu/ahead.h"
 #include "cpu/simd.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
@@ -62,12 +63,14 @@ inline void register_tile(int64_t k, const typename M::T* a, int64_t lda, const 
 template <class M, int kN, bool kTransposedA, Start kStart>
 inline void panel(int64_t m_count, int64_t k, const typename M::T* a, int64_t lda,
                   const typename M::T* b, int64_t ldb, typename M::Acc* c, int64_t ldc,
-                  const typename M::Acc* rescale) {
+                  const typename M::Acc* rescale, Ahead& ahead) {
   const int64_t a_row = kTransposedA ? M::kDepth : lda;
   int64_t m = 0;
-  for (; m + 6 <= m_count; m += 6)
+  for (; m + 6 <= m_count; m += 6) {
+    ahead.ask();
     register_tile<M, 6, kN, kTransposedA, kStart>(k, a + m * a_row, lda, b, ldb, c + m * ldc, ldc,
                                                   rescale);
+  }
   if (m_count - m >= 4) {
     register_tile<M, 4, kN, kTransposedA, kStart>(k, a + m * a_row, lda, b, ldb, c + m * ldc, ldc,
                                                   rescale);
@@ -82,13 +85,13 @@ inline void panel(int64_t m_count, int64_t k, const typename M::T* a, int64_t ld
 template <class M, bool kTransposedA, Start kStart>
 inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename M::T* a,
                    int64_t lda, const typename M::T* b, int64_t ldb, typename M::Acc* c,
-                   int64_t ldc, const typename M::Acc* rescale = nullptr) {
+                   int64_t ldc, Ahead& ahead, const typename M::Acc* rescale = nullptr) {
   constexpr int L = kLanes<typename M::Acc>;
   int64_t n = 0;
   const auto step = [&](auto width) {
     panel<M, width.value, kTransposedA, kStart>(m_count, k, a, lda, b + n * L * M::kDepth, ldb,
-                                                c + n * L, ldc,
-                                                rescale ? rescale + n * L : nullptr);
+                                                c + n * L, ldc, rescale ? rescale + n * L : nullptr,
+                                                ahead);
     n += width.value;
   };
   // Where accumulators are loaded too, narrow tiles were faster, by up to 9 % (Zen 4).

@@ -81,9 +81,13 @@ inline Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
 template <int Terms>
 inline Vec<float> exp2(Vec<float> x) {
   static_assert(Terms == 5 || Terms == 6, "fitted for these");
+#if defined(__AVX512DQ__)
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
   x = max(splat(-127.0f), min(splat(128.0f), x));
   const Vec<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become n
   const Vec<float> f = x - (shifted - 12582912.0f);
+#endif
   Vec<float> p;
   if constexpr (Terms == 6) {
     p = f * 0.00132764668f + 0.00967554129f;
@@ -97,7 +101,12 @@ inline Vec<float> exp2(Vec<float> x) {
     p = p * f + 0.693121815f;
     p = p * f + 0.999999261f;
   }
+#if defined(__AVX512DQ__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(x - f));
+#else
   return p * (Vec<float>)(((Vec<int32_t>)shifted + 127) << 23);
+#endif
 }
 
 template <int Terms>

@@ -65,65 +65,67 @@ struct TangentBuffers {
   }
 };
 
-// Probabilities from the given lse, and P dS, for one vector of rows; adds the latter to dlse.
-template <class M, bool kPartial, bool kFeatured>
-inline void score_tangents(const TangentBuffers<M>& t, const Rows& rows,
-                           const TileFeatures<typename M::Acc>& features, int vector, int64_t j0,
-                           int64_t count, typename M::Acc scale) {
+// Probabilities from the given lse, and P dS, for one vector of a panel's rows; adds the latter to
+// dlse.
+template <class M, bool kFeatured>
+inline void score_tangents(const TangentBuffers<M>& t, const Rows& rows, const Panel& panel,
+                           const TileFeatures<typename M::Acc>& features, int vector,
+                           typename M::Acc scale) {
   using Acc = typename M::Acc;
   const int at = vector * kLanes<Acc>;
-  const Acc c = features.scale;
   LaneInts<Acc> lo{}, hi{};
-  if constexpr (kPartial) lane_limits<Acc>(rows, vector, j0, &lo, &hi);
+  lane_limits<Acc>(rows, vector, features.j0, &lo, &hi);
   const Vec<Acc> lse = load(t.lse + at);
   Vec<Acc> dlse = load(t.dlse + at);
   [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes;
   if constexpr (kFeatured) lanes = LaneFeatures<M>(features, vector);
-  const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* pds) {
-    const Vec<Acc> score = load(t.score + j * kRows + at);
-    Vec<Acc> ds = load(t.dscore + j * kRows + at) * scale;
-    if constexpr (kFeatured) {
-      Vec<Acc> steepness;
-      *p = exp2<M::kExpTerms>(lanes.score(score, j, &steepness) - lse);
-      ds *= steepness;
-      if (features.f.bias.data) ds += load(t.dbias + j * kRows + at);
-    } else {
-      *p = exp2<M::kExpTerms>(score * c - lse);
+  for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
+    const auto one = [&](int64_t j, Vec<Acc>* p, Vec<Acc>* pds) {
+      const Vec<Acc> score = load(t.score + j * kRows + at);
+      Vec<Acc> ds = load(t.dscore + j * kRows + at) * scale;
+      if constexpr (kFeatured) {
+        Vec<Acc> steepness;
+        *p = exp2<M::kExpTerms>(lanes.score(score, j, &steepness) - lse);
+        ds *= steepness;
+        if (features.f.bias.data) ds += load(t.dbias + j * kRows + at);
+      } else {
+        *p = exp2<M::kExpTerms>(score * features.scale - lse);
+      }
+      *pds = *p * ds;
+      if constexpr (partial.value) {
+        const auto sees = lanes_that_see(lo, hi, j);
+        *p = sees ? *p : Vec<Acc>{};
+        *pds = sees ? *pds : Vec<Acc>{};
+      }
+      dlse += *pds;
+      if constexpr (kFeatured) {
+        *p = lanes.kept(*p, j);
+        *pds = lanes.kept(*pds, j);
+      }
+    };
+    for (int64_t j = begin; j < end; j += M::kDepth) {
+      Vec<Acc> p[M::kDepth] = {}, pds[M::kDepth] = {};
+      for (int h = 0; h < M::kDepth && j + h < end; ++h) one(j + h, &p[h], &pds[h]);
+      if constexpr (M::kDepth == 1) {
+        store(t.weight + j * kRows + at, p[0]);
+        store(t.dweight + j * kRows + at, pds[0]);
+      } else {
+        store_rounded_pairs(t.weight + j * kRows + at * 2, p[0], p[1]);
+        store_rounded_pairs(t.dweight + j * kRows + at * 2, pds[0], pds[1]);
+      }
     }
-    *pds = *p * ds;
-    if constexpr (kPartial) {
-      const auto sees = lanes_that_see(lo, hi, j);
-      *p = sees ? *p : Vec<Acc>{};
-      *pds = sees ? *pds : Vec<Acc>{};
-    }
-    dlse += *pds;
-    if constexpr (kFeatured) {
-      *p = lanes.kept(*p, j);
-      *pds = lanes.kept(*pds, j);
-    }
-  };
-  for (int64_t j = 0; j < count; j += M::kDepth) {
-    Vec<Acc> p[M::kDepth] = {}, pds[M::kDepth] = {};
-    for (int h = 0; h < M::kDepth && j + h < count; ++h) one(j + h, &p[h], &pds[h]);
-    if constexpr (M::kDepth == 1) {
-      store(t.weight + j * kRows + at, p[0]);
-      store(t.dweight + j * kRows + at, pds[0]);
-    } else {
-      store_rounded_pairs(t.weight + j * kRows + at * 2, p[0], p[1]);
-      store_rounded_pairs(t.dweight + j * kRows + at * 2, pds[0], pds[1]);
-    }
-  }
+  });
   store(t.dlse + at, dlse);
 }
 
 // The products with values over visible pairs only (S13): a masked 0 must not meet a NaN or inf.
 template <class M, class Storage>
 inline void add_visible_values(const TangentBuffers<M>& t, const TangentParams& p, const Rows& rows,
-                               int64_t b, int64_t g, int64_t j0, int64_t count) {
+                               const Panel& panel, int64_t b, int64_t g, int64_t j0) {
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
-  for (int l = 0; l < rows.count; ++l) {
-    for (int64_t j = 0; j < count; ++j) {
+  for (int l = panel.row; l < panel.row + panel.rows; ++l) {
+    for (int64_t j = panel.begin; j < panel.end; ++j) {
       if (!visible(rows.visible[l], j0 + j)) continue;
       const int64_t at = (j / M::kDepth * kRows + l) * M::kDepth + j % M::kDepth;
       const Acc weight = to_float(t.weight[at]), dweight = to_float(t.dweight[at]);
@@ -155,24 +157,14 @@ inline void pack_tile(const TangentParams& p, const TangentBuffers<M>& t, const 
   fill(t.out, even(n.dv) * kRows, Acc(0));
 }
 
-// What one tile of rows and one packed tile of keys add to the sums.
-template <class Storage, bool kFeatured, class M>
+// What one tile of rows and keys [j0, j0 + count), packed, add to the sums.
+template <class Storage, bool kFeatured, class M, class Finite>
 inline void add_tile(const TangentBuffers<M>& t, const TangentParams& p, const Rows& rows,
-                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g,
-                     bool partial, int64_t j0, int64_t count) {
+                     const RowFeatures<typename M::Acc>& features, int64_t b, int64_t g, int64_t j0,
+                     int64_t count, const Finite& values_are_finite, Ahead& ahead) {
   using Acc = typename M::Acc;
   constexpr int D = M::kDepth;
   const Sizes& n = p.n;
-  const int vectors = static_cast<int>(ceil_div(rows.count, kLanes<Acc>));
-  const auto scores = [&](auto start, const auto* keys, const auto* queries, Acc* to) {
-    matmul<M, false, decltype(start)::value>(even(count), vectors, ceil_div(n.d, D), keys,
-                                             even(n.d), queries, kRows * D, to, kRows);
-  };
-  using Zero = std::integral_constant<Start, Start::kZero>;
-  using Add = std::integral_constant<Start, Start::kAdd>;
-  scores(Zero{}, t.key, t.query, t.score);
-  scores(Zero{}, t.dkey, t.query, t.dscore);
-  scores(Add{}, t.key, t.dquery, t.dscore);
   const TileFeatures<Acc> tile{p.features, features, key_coordinates(p.features, b),
                                j0,         count,    exponent_scale<Acc>(p.scale),
                                t.bias,     t.keep};
@@ -181,21 +173,31 @@ inline void add_tile(const TangentBuffers<M>& t, const TangentParams& p, const R
     if (p.dbias.data) pack_bias<Storage>(tile, p.dbias, Acc(1), rows, b, g, t.dbias);
   }
   const Acc scale = static_cast<Acc>(p.scale < 0 ? -p.scale : p.scale);  // the query is flipped
-  for (int x = 0; x < vectors; ++x) {
-    if (partial)
-      score_tangents<M, true, kFeatured>(t, rows, tile, x, j0, count, scale);
-    else
-      score_tangents<M, false, kFeatured>(t, rows, tile, x, j0, count, scale);
-  }
-  const int64_t values = ceil_div(count, D) * D * even(n.dv);
-  if (partial && !(all_finite(t.value, values) && all_finite(t.dvalue, values)))
-    return add_visible_values<M, Storage>(t, p, rows, b, g, j0, count);
-  const auto add_values = [&](const auto* packed, const auto* weights) {
-    matmul<M, true, Start::kAdd>(even(n.dv), vectors, ceil_div(count, D), packed, even(n.dv) * D,
-                                 weights, kRows * D, t.out, kRows);
-  };
-  add_values(t.value, t.dweight);
-  add_values(t.dvalue, t.weight);
+  for_panels(rows, j0, count, [&](const Panel& panel) {
+    const int vectors = static_cast<int>(ceil_div(panel.rows, kLanes<Acc>));
+    const int64_t keys = panel.end - panel.begin, at = panel.begin * kRows;
+    const auto scores = [&](auto start, const auto* key, const auto* query, Acc* to) {
+      matmul<M, false, decltype(start)::value>(
+          even(keys), vectors, ceil_div(n.d, D), key + panel.begin * even(n.d), even(n.d),
+          query + panel.row * D, kRows * D, to + at + panel.row, kRows, ahead);
+    };
+    using Zero = std::integral_constant<Start, Start::kZero>;
+    using Add = std::integral_constant<Start, Start::kAdd>;
+    scores(Zero{}, t.key, t.query, t.score);
+    scores(Zero{}, t.dkey, t.query, t.dscore);
+    scores(Add{}, t.key, t.dquery, t.dscore);
+    for (int x = 0; x < vectors; ++x)
+      score_tangents<M, kFeatured>(t, rows, panel, tile, panel.row / kLanes<Acc> + x, scale);
+    if (panel.partial() && !values_are_finite())
+      return add_visible_values<M, Storage>(t, p, rows, panel, b, g, j0);
+    const auto add_values = [&](const auto* value, const auto* weight) {
+      matmul<M, true, Start::kAdd>(
+          even(n.dv), vectors, ceil_div(keys, D), value + panel.begin * even(n.dv), even(n.dv) * D,
+          weight + at + panel.row * D, kRows * D, t.out + panel.row, kRows, ahead);
+    };
+    add_values(t.value, t.dweight);
+    add_values(t.dvalue, t.weight);
+  });
 }
 
 template <class M, class Storage>
@@ -252,13 +254,21 @@ void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t
     keys(p.dk, buffers.dkey);
     values(p.v, buffers.value);
     values(p.dv, buffers.dvalue);
-    for (int64_t x = 0; x < tiles; ++x) {
-      const TileClass kind = classify(rows[x].limits, j0, j0 + count);
-      if (kind != TileClass::kSkip)
-        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g,
-                                     kind == TileClass::kPartial, j0,
-                                     min64(count, rows[x].limits.max_hi - j0));
-    }
+    const OnceKnown values_are_finite([&] {
+      const int64_t packed = ceil_div(count, M::kDepth) * M::kDepth * even(n.dv);
+      return all_finite(buffers.value, packed) && all_finite(buffers.dvalue, packed);
+    });
+    Ahead ahead;
+    const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
+    for (const void* key : {p.k, p.dk})
+      want_keys(static_cast<const Storage*>(key), n, b, g, next, wanted, n.d, &ahead);
+    for (const void* value : {p.v, p.dv})
+      want_keys(static_cast<const Storage*>(value), n, b, g, next, wanted, n.dv, &ahead);
+    for (int64_t x = 0; x < tiles; ++x)
+      if (classify(rows[x].limits, j0, j0 + count) != TileClass::kSkip)
+        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
+                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite,
+                                     ahead);
   }
   for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
 }

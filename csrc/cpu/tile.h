@@ -62,7 +62,7 @@ constexpr int64_t kMostTiles = 8;  // of rows, in a task
 // in the L2 cache, with `width` accumulators a row, and leaves enough tasks for many threads.
 // Results do not depend on it beyond where key tiles begin.
 inline int64_t tiles_per_task(const Sizes& n, int64_t tiles, int64_t width) {
-  constexpr int64_t kTasks = 32, kBytes = 256 * 1024;
+  constexpr int64_t kTasks = 16, kBytes = 512 * 1024;
   const int64_t fit = kBytes / (width * kRows * 4);
   return clamp<int64_t>(n.b * n.g * tiles / kTasks, 1, clamp<int64_t>(fit, 1, kMostTiles));
 }
@@ -232,6 +232,26 @@ inline void pack_key_pairs(const Storage* src, const Sizes& n, int64_t b, int64_
   for (int64_t j = 0; j < count; j += 2)
     pack_row_pair<M, Storage>(key(j), j + 1 < count ? key(j + 1) : nullptr, width, even(width),
                               dst + j * even(width));
+}
+
+// Has keys or values [j0, j0 + count) asked for, which are packed next.
+template <class Storage>
+inline void want_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
+                      int64_t count, int64_t width, Ahead* ahead) {
+  constexpr int64_t kBytes = sizeof(Storage);
+  ahead->want(src + ((b * n.sk + j0) * n.g + g) * width, count, width * kBytes,
+              n.g * width * kBytes);
+}
+
+// The same for a tile's rows of a query-shaped array, to be read or written, if they are one
+// head's.
+template <class Storage>
+inline void want_rows(const Storage* src, const Rows& rows, const Sizes& n, int64_t b, int64_t g,
+                      int64_t width, Ahead* ahead) {
+  constexpr int64_t kBytes = sizeof(Storage);
+  if (rows.count > 0 && rows.head[0] == rows.head[rows.count - 1])
+    ahead->want(src + row_offset(rows, n, b, g, 0, width), rows.count, width * kBytes,
+                n.g * n.r * width * kBytes);
 }
 
 // kLanes<Acc> units of a row, starting at unit c, as they will lie in one column each.

@@ -104,7 +104,10 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::Remai
   if (scratch.has_error()) return scratch.error();
   const Sizes& n = p.n;
   const auto dims = scratch->dimensions();
+  const Bias& bias = p.features.bias;
   p.parts = dims.size() == 5 && dims[2] > 0 ? dims[2] : 1;
+  p.bias_per_key =
+      bias.data && !bias.i && bias.j && dims.size() == 5 && dims[4] > cpu::accumulator_columns(p);
   if (auto e = expect("scratch", *scratch,
                       {n.b, n.g, p.parts, n.sk + n.sk % 2 + 1, cpu::accumulator_columns(p)},
                       statistics_type(p.dtype));

@@ -128,20 +128,17 @@ struct BackwardParams {
   // CPU: accumulators [b, g, parts, sk + odd + 1, columns] (key_gradients.h). CUDA: a workspace.
   void* scratch;
   int64_t parts;
+  // CPU: keys have biases of their own that all query rows share, and scratch has columns for their
+  // gradient. Who makes it decides (jax_flashattn/_lowering.py).
+  bool bias_per_key = false;
 };
 
 // Whether every pair has a bias of its own.
 FLASH_FN bool is_bias_per_pair(const BackwardParams& p) {
   const Bias& bias = p.features.bias;
   const Sizes& n = p.n;
-  return bias.data && (bias.b || n.b == 1) && (bias.g || n.g == 1) && (bias.r || n.r == 1) &&
-         (bias.i || n.sq == 1) && (bias.j || n.sk == 1);
-}
-
-// Whether keys have biases of their own that all query rows share.
-FLASH_FN bool is_bias_per_key(const BackwardParams& p) {
-  const Bias& bias = p.features.bias;
-  return bias.data && !bias.i && bias.j && !is_bias_per_pair(p);
+  return bias.data && !p.bias_per_key && (bias.b || n.b == 1) && (bias.g || n.g == 1) &&
+         (bias.r || n.r == 1) && (bias.i || n.sq == 1) && (bias.j || n.sk == 1);
 }
 
 // Forward mode: q, k, v have tangents dq, dk, dv, and so on; out and lse are those of the forward.

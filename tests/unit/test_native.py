@@ -164,7 +164,7 @@ def test_backward_refuses(name, wrong, words):
         ("dbias", ((B, HQ, 1, SK), F32), ["dbias", "[2, 4, 1, 5]", "[1, 4, 1, 5]"]),
         ("dbias", ((1, HQ, 1, SK), BF16), ["dbias"]),
         ("scratch", ((B, HK, 1, SK, 48), F32), ["scratch", "[2, 2, 1, 5, 48]", "[2, 2, 1, 7, 48]"]),
-        ("scratch", ((B, HK, 1, SK + 2, 32), F32), ["scratch", "32", "48"]),
+        ("scratch", ((B, HK, 1, SK + 2, 40), F32), ["scratch", "40", "48"]),
         ("scratch", ((B, HK, 0, SK + 2, 48), F32), ["scratch", "[2, 2, 0, 7, 48]"]),
         ("scratch", ((7,), F32), ["scratch", "[7]"]),
     ],
