@@ -6,7 +6,7 @@
 // registers.
 #pragma once
 
-#include "cuda/sm90/backward_random.cuh"
+#include "cuda/sm90/backward_dropout.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
-      if (threadIdx.x / 32 >= 4 - S::kRandomWarps)
+      if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
         make_flags<S>(p, at, smem, smem.flags_empty,
                       [&](int s, int n, int row, uint32_t x) { smem.flags[s][n][row] = x; });
     }

@@ -38,7 +38,7 @@ struct BackwardShape {
   static_assert(registers_fit(3, kProducerRegisters + 2 * kConsumerRegisters));
   static constexpr int kLimits = kShaped ? 3 : 2;
   // Warps that make dropout's flags; the others of their warpgroup load, and keep turns.
-  static constexpr int kRandomWarps = kDeterministic ? 1 : 3;
+  static constexpr int kFlagWarps = kDeterministic ? 1 : 3;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
 };
 
@@ -443,7 +443,7 @@ __device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_
     ptx::barrier_init(&smem.query_full[i], 1);
     ptx::barrier_init(&smem.dout_full[i], 1);
     ptx::barrier_init(&smem.query_empty[i],
-                      8 + (S::kDeterministic ? 2 : 0) + (S::kDropout ? S::kRandomWarps : 0));
+                      8 + (S::kDeterministic ? 2 : 0) + (S::kDropout ? S::kFlagWarps : 0));
     ptx::barrier_init(&smem.dout_empty[i], 8);
     ptx::barrier_init(&smem.dscore_full[i], dscore_writers);
     ptx::barrier_init(&smem.dscore_empty[i], 8);

@@ -10,7 +10,7 @@
 // warpgroup's warps, emptied by the second's.
 #pragma once
 
-#include "cuda/sm90/backward_random.cuh"
+#include "cuda/sm90/backward_dropout.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
-      if (threadIdx.x / 32 >= 4 - S::kRandomWarps)
+      if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
         make_flags<S>(p, at, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
           smem.flags(s, 2 * n)[row] = smem.flags(s, 2 * n + 1)[row] = x;
         });

@@ -15,7 +15,7 @@
 // wait cannot tell use u from u + 2, so no warp may fall two uses behind.
 #pragma once
 
-#include "cuda/sm90/forward_random.cuh"
+#include "cuda/sm90/forward_dropout.cuh"
 #include "cuda/sm90/forward_rows.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
@@ -210,20 +210,20 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
   // merge both, and the product in flight would read the next block's numbers.
   Probabilities<S> probability, rounded;
-  [[maybe_unused]] Ring<kRandomStages> random;
-  const auto take_bits = [&] {
+  [[maybe_unused]] Ring<kFlagStages> flags;
+  const auto take_flags = [&] {
     if constexpr (S::kDropout) {
-      const int i = random.index();
-      ptx::barrier_wait(&smem.drop_full[warpgroup][i], random.parity());
+      const int i = flags.index();
+      ptx::barrier_wait(&smem.flags_full[warpgroup][i], flags.parity());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int w = 0; w < S::kDropWords; ++w)
-          rows.drop[h][w] = smem.drop[warpgroup][i][row_of_thread(0, h)][w];
+        for (int w = 0; w < S::kFlagWords; ++w)
+          rows.dropped[h][w] = smem.flags[warpgroup][i][row_of_thread(0, h)][w];
       }
       __syncwarp();
-      if (thread % 32 == 0) ptx::barrier_arrive(&smem.drop_empty[warpgroup][i]);
-      random.next();
+      if (thread % 32 == 0) ptx::barrier_arrive(&smem.flags_empty[warpgroup][i]);
+      flags.next();
     }
   };
   const auto take_probabilities = [&] {
@@ -234,7 +234,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ scale.zero;
       }
     } else {
-      take_bits();
+      take_flags();
       round_probabilities<S>(rows, probability);
     }
   };
@@ -306,7 +306,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     }
     softmax<S>(rows, scale.exponent, correction);
     if constexpr (S::kRoundsEarly) {
-      take_bits();
+      take_flags();
       round_probabilities<S>(rows, rounded);
       ptx::pin(rounded);
     }
@@ -409,9 +409,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       ptx::barrier_init(&smem.value_empty[i], 4 * S::kGroups);
     }
     if constexpr (S::kDropout) {
-      for (int i = 0; i < S::kGroups * kRandomStages; ++i) {
-        ptx::barrier_init(&smem.drop_full[0][i], 2);
-        ptx::barrier_init(&smem.drop_empty[0][i], 4);
+      for (int i = 0; i < S::kGroups * kFlagStages; ++i) {
+        ptx::barrier_init(&smem.flags_full[0][i], 2);
+        ptx::barrier_init(&smem.flags_empty[0][i], 4);
       }
     }
     ptx::barrier_init_fence();
@@ -428,8 +428,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     ptx::take_registers<S::kConsumerRegisters>();
     consume<S>(maps, p, scale, smem, warpgroup - 1);
   } else if constexpr (S::kDropout) {
-    ptx::release_registers<S::kRandomRegisters>();
-    make_random_bits<S>(p, smem);
+    ptx::release_registers<S::kFlagRegisters>();
+    make_flags<S>(p, smem);
   }
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/ptx/wgmma.h"
-#include "cuda/sm90/dropout_bits.cuh"
+#include "cuda/sm90/dropout.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -17,8 +17,8 @@ struct Rows {
   // Where shaped; the slope in units of the raw score.
   float slope;
   KeyCoordinates keys;
-  float offset[2];                  // kInProduct: of all scores of a row in this block
-  uint32_t drop[2][S::kDropWords];  // dropout's flags of both rows in this block
+  float offset[2];                     // kInProduct: of all scores of a row in this block
+  uint32_t dropped[2][S::kFlagWords];  // dropout's flags of both rows in this block
 };
 
 // S = Q K^T, issued but not committed.
@@ -179,7 +179,7 @@ __device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabi
       to[k][i] =
           ptx::pack(rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], typename S::T());
       if constexpr (S::kDropout) {
-        const uint32_t word = rows.drop[i % 2][k / 2];
+        const uint32_t word = rows.dropped[i % 2][k / 2];
         const int first = threadIdx.x % 4 * 2;
         to[k][i] &= ~drop_mask(word << (7 - first), word << (6 - first), k % 2 * 2 + i / 2);
       }

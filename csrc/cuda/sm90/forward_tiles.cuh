@@ -29,17 +29,17 @@ struct ForwardShape {
   // Output leaves through its tile's query buffer, or, where there is only one of those, straight
   // from registers, so that the next queries can come.
   static constexpr bool kStaged = kQueries == kTiles;
-  static constexpr int kDropWords = kKeys / 32;  // dropout's flags of a row in a block
+  static constexpr int kFlagWords = kKeys / 32;  // dropout's flags of a row in a block
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
   static constexpr int kThreads = 128 * (kGroups + 1 + kDropout);
   static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
-  static constexpr int kRandomRegisters = kDropout ? 56 : 0;
+  static constexpr int kFlagRegisters = kDropout ? 56 : 0;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kDropout ? 216 : 232;
-  static constexpr bool kRoundsEarly =
-      kGroups == 2 && kD < 256 && !kDropout;  // there are registers for it
-  static_assert(registers_fit(kThreads / 128, kProducerRegisters + kRandomRegisters +
-                                                  kGroups * kConsumerRegisters));
+  // There are registers for it.
+  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;
+  static_assert(registers_fit(kThreads / 128,
+                              kProducerRegisters + kFlagRegisters + kGroups * kConsumerRegisters));
 };
 
 // What consumers need to know of a tile.
@@ -70,20 +70,19 @@ struct TileRows {
 // What single extents need of shared memory.
 template <class S, bool kInProduct = S::kInProduct, bool kDropout = S::kDropout>
 struct ForwardExtra {};
-// S9: one more step of the scores' reduction adds the slope times a key's number in its block. B,
-// for each tile known, has that as the sum of three numbers of eight bits; A, in turn, has 1, -1
-// and 0.
+// S9: one more step of the scores' reduction adds the slope times a key's number in its block. B has
+// that, for each tile known, as the sum of three numbers of eight bits; A has 1, -1 and 0 in turn.
 template <class S>
 struct ForwardExtra<S, true, false> {
   alignas(1024) __nv_bfloat16 side[64 * kChunk];
   alignas(1024) __nv_bfloat16 distance[S::kKeys * kChunk];
 };
 // Dropout's flags of the next blocks of each consumer warpgroup.
-constexpr int kRandomStages = 2;
+constexpr int kFlagStages = 2;
 template <class S>
 struct ForwardExtra<S, false, true> {
-  alignas(16) uint32_t drop[S::kGroups][kRandomStages][64][S::kDropWords];
-  uint64_t drop_full[S::kGroups][kRandomStages], drop_empty[S::kGroups][kRandomStages];
+  alignas(16) uint32_t flags[S::kGroups][kFlagStages][64][S::kFlagWords];
+  uint64_t flags_full[S::kGroups][kFlagStages], flags_empty[S::kGroups][kFlagStages];
 };
 
 template <class S>

@@ -2,26 +2,25 @@
 // consumers: half of it serves one of them, a thread for each row.
 #pragma once
 
-#include "cuda/sm90/dropout_bits.cuh"
+#include "cuda/sm90/dropout.cuh"
 #include "cuda/sm90/forward_tiles.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
 template <class S>
-__device__ void make_random_bits(const ForwardParams& p, ForwardSmem<S>& smem) {
+__device__ void make_flags(const ForwardParams& p, ForwardSmem<S>& smem) {
   static_assert(S::kGroups == 2 && S::kKeys % 64 == 0);
   const int warpgroup = threadIdx.x % 128 / 64, row = threadIdx.x % 64;
   const bool leader = row % 32 == 0;
   Ring<kTiles> tile;
-  Ring<kRandomStages> ring;
+  Ring<kFlagStages> ring;
   for (;; tile.next()) {
     const int at = tile.index();
     ptx::barrier_wait(&smem.info_full[at], tile.parity());
     const TileInfo& info = smem.info[at];
     if (info.blocks == kNoMoreTiles) return;
     const int first_key = info.first_key;
-    const int group =
-        (warpgroup + 1 + tile.uses) % 2;  // of rows, that the consumers have (take_tile)
+    const int group = (warpgroup + 1 + tile.uses) % 2;  // its rows in this tile (take_tile)
     int begin, end;
     block_range<S>(info, group, &begin, &end);
     DroppedRow dropped(dropout_stream(p.features, head_index(p.n, info.at)),
@@ -31,16 +30,16 @@ __device__ void make_random_bits(const ForwardParams& p, ForwardSmem<S>& smem) {
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {
       const int s = ring.index();
-      ptx::barrier_wait(&smem.drop_empty[warpgroup][s], ring.parity() ^ 1);
+      ptx::barrier_wait(&smem.flags_empty[warpgroup][s], ring.parity() ^ 1);
 #pragma unroll 1
       for (int half = 0; half < S::kKeys / 64; ++half) {
         uint32_t words[2];
         dropped.words(first_key + block * S::kKeys + half * 64, words);
-        *reinterpret_cast<uint2*>(&smem.drop[warpgroup][s][row][2 * half]) =
+        *reinterpret_cast<uint2*>(&smem.flags[warpgroup][s][row][2 * half]) =
             make_uint2(words[0], words[1]);
       }
       __syncwarp();
-      if (leader) ptx::barrier_arrive(&smem.drop_full[warpgroup][s]);
+      if (leader) ptx::barrier_arrive(&smem.flags_full[warpgroup][s]);
       ring.next();
     }
   }

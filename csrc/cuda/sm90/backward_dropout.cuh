@@ -2,26 +2,26 @@
 #pragma once
 
 #include "cuda/sm90/backward_tiles.cuh"
-#include "cuda/sm90/dropout_bits.cuh"
+#include "cuda/sm90/dropout.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
-// By the producer warps from `first` on, in turns: lane l of one makes the flags of 32 rows' l-th.
-// Buffers are used in turn as `empty` says; store(buffer, n, row) is where the flags of the n-th 32
-// keys of a tile go.
+// By the last kFlagWarps of the producer warps, which take turns: a lane makes the flags of a row.
+// Buffers are used in turn as `empty` says; store(buffer, n, row, flags) puts those of the n-th 32
+// keys of a tile away.
 template <class S, class Store>
 __device__ void make_flags(const BackwardParams& p, const KeyTileOrder::Place& at,
                            BackwardSmem<S>& smem, uint64_t* empty, const Store& store) {
   constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
-  for (int part = threadIdx.x / 32 - (4 - S::kRandomWarps);; ring.next()) {
+  for (int part = threadIdx.x / 32 - (4 - S::kFlagWarps);; ring.next()) {
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_full[s], ring.parity());
     if (smem.step[s].row == kNoMoreSteps) return;
     ptx::barrier_wait(&empty[s], ring.parity() ^ 1);
 #pragma unroll 1
-    for (; part < kParts; part += S::kRandomWarps) {
+    for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
       DroppedRow dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row],
                          p.features.keep_threshold);
@@ -41,8 +41,8 @@ __device__ void make_flags(const BackwardParams& p, const KeyTileOrder::Place& a
 }
 
 // Which of a fragment's probabilities stay, from the flags of 32 keys, of which `key` is the
-// thread's first: of its 16 rows in 64, bit n of each half of `keep` is row n or n + 8 with that
-// key, bit n + 8 with the second.
+// thread's first: bit n of the halves of a word is for row n or n + 8 of the thread's 16 rows in 64
+// with that key, bit n + 8 with the other.
 template <int kCount>
 __device__ __forceinline__ void read_flags(uint32_t (&keep)[kCount], const uint32_t* flags,
                                            int key) {
