@@ -82,7 +82,8 @@ def keep_mask(streams: Array, position: Array, key_coordinate: Array, threshold:
     calls = jnp.stack([own, own + n(1), shared, shared + n(1)])
     key0, key1, batch, head = (streams[..., w][..., None, None] for w in range(4))
     words = philox((i, calls, batch, head), (key0, key1))
+    zero = jnp.uint32(0)
     bits = (word >> j % n(32) & n(1) for word in words)
-    halves = sum(bit << n(3 - w) for w, bit in enumerate(bits))  # of bytes
-    number = sum(half << n(12 - 4 * call) for call, half in enumerate(halves))
+    halves = sum((bit << n(3 - w) for w, bit in enumerate(bits)), zero)  # of bytes
+    number = sum((half << n(12 - 4 * call) for call, half in enumerate(halves)), zero)
     return number < n(threshold)

@@ -70,8 +70,9 @@ struct TileRows {
 // What single extents need of shared memory.
 template <class S, bool kInProduct = S::kInProduct, bool kDropout = S::kDropout>
 struct ForwardExtra {};
-// S9: one more step of the scores' reduction adds the slope times a key's number in its block. B has
-// that, for each tile known, as the sum of three numbers of eight bits; A has 1, -1 and 0 in turn.
+// S9: one more step of the scores' reduction adds the slope times a key's number in its block. B
+// has that, for each tile known, as the sum of three numbers of eight bits; A has 1, -1 and 0 in
+// turn.
 template <class S>
 struct ForwardExtra<S, true, false> {
   alignas(1024) __nv_bfloat16 side[64 * kChunk];
