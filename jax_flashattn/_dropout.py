@@ -86,4 +86,4 @@ def keep_mask(streams: Array, position: Array, key_coordinate: Array, threshold:
     bits = (word >> j % n(32) & n(1) for word in words)
     halves = sum((bit << n(3 - w) for w, bit in enumerate(bits)), zero)  # of bytes
     number = sum((half << n(12 - 4 * call) for call, half in enumerate(halves)), zero)
-    return number < n(threshold)
+    return jnp.less(number, n(threshold))
