@@ -66,9 +66,10 @@ def _accumulators(query, key, value, bias) -> ShapeDtypeStruct:
     else:
         tasks = b * g
         shares = sq * hq // max(g, 1) // 1024
-        recycled = _RECYCLED_BYTES // max(b * g * rows * width * dtype.itemsize, 1)
-        if recycled > 1:
-            most_shares = min(most_shares, recycled)
+        share_bytes = b * g * rows * width * dtype.itemsize
+        if isinstance(share_bytes, int):  # else b is symbolic (jax.export)
+            recycled = _RECYCLED_BYTES // max(share_bytes, 1)
+            most_shares = min(most_shares, recycled) if recycled > 1 else most_shares
     shares = min(shares, -(-wanted_tasks // max(tasks, 1)), most_shares)
     return ShapeDtypeStruct((b, g, max(shares, 1), rows, width), dtype)
 

@@ -12,6 +12,7 @@ from jax_flashattn import flash_attention
 
 OPTIONS = (
     {"causal": True},
+    {"alibi": True},
     {"softcap": 5.0, "alibi": True},
     {"dropout_rate": 0.2, "alibi": True, "causal": True},
     {"segment_ids": True, "window": (70, 0)},

@@ -81,6 +81,15 @@ VARIANTS = (
     BASE.replace(softcap=4.0, scale=0.0),
     BASE.replace(d=256, dv=256, alibi="h", softcap=3.0, scale=-0.7, causal=True),
     BASE.replace(d=192, dv=128, alibi="h", dropout=0.2),
+    # The other head dims of the instances with ALiBi alone, with softcap, with dropout.
+    BASE.replace(d=96, dv=96, alibi="bh"),
+    BASE.replace(d=128, dv=128, alibi="h", causal=True),
+    BASE.replace(d=192, dv=192, alibi="h", causal=True, scale=-0.2),
+    BASE.replace(d=256, dv=256, alibi="bh"),
+    BASE.replace(d=128, dv=128, softcap=5.0, causal=True),
+    BASE.replace(d=96, dv=96, dropout=0.1, causal=True),
+    BASE.replace(d=128, dv=128, dropout=0.3, alibi="h"),
+    BASE.replace(d=256, dv=256, dropout=0.3, causal=True),
 )  # fmt: skip
 
 
