@@ -45,7 +45,11 @@ def main() -> None:
         *("decode", "run"),
         seconds=seconds(3.0, "per row"),
     )
-    add("first-step", "from a clean clone to a training step", "first_step", "run")
+    add(
+        "first-step",
+        "seconds from a clean clone to a training step, and of the tests; size of the wheel",
+        *("first_step", "run"),
+    )
     turns = {"rounds": {"type": int, "default": 3}, "iterations": {"type": int, "default": 8}}
     add("gpu", "kernel time of both passes against cuDNN (needs a GPU)", "gpu", "dense", **turns)
     add(

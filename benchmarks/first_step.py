@@ -1,4 +1,4 @@
-"""How long a newcomer waits: from a clean clone to a training step of examples/train_lm.py."""
+"""How long a newcomer waits: from a clean clone to a training step, and for the tests."""
 
 import os
 import pathlib
@@ -9,29 +9,35 @@ import time
 
 from benchmarks import record
 
+PYTHON = ".venv/bin/python"
+
 
 def run() -> None:
-    """README's first command on a clean clone, one step: results/first_step.json.
+    """README's commands on a clean clone, the first with one step: results/first_step.json.
 
     pip takes packages from its cache where it has them; the CPU extension is compiled.
     """
-    environment = os.environ | {"JAX_FLASHATTN_CUDA": "off"}
-    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         clone = pathlib.Path(folder) / "clone"
-        python = ".venv/bin/python"
-        commands = {
-            "clone": ["git", "clone", "-q", str(record.ROOT), str(clone)],
-            "venv": [sys.executable, "-m", "venv", str(clone / ".venv")],
-            "install": [python, "-m", "pip", "install", "-q", "-e", ".[examples]"],
-            "one step": [python, "examples/train_lm.py", "--steps", "1", "--out", folder],
-        }
-        for name, command in commands.items():
+        seconds = {}
+
+        def timed(name: str, *command: str) -> None:
             begin = time.perf_counter()
             where = clone if clone.exists() else folder
+            environment = os.environ | {"JAX_FLASHATTN_CUDA": "off"}
             subprocess.run(command, cwd=where, env=environment, check=True)
             seconds[name] = round(time.perf_counter() - begin, 1)
             print(f"{name}: {seconds[name]} s", flush=True)
-    total = round(sum(seconds.values()), 1)
-    print(f"total: {total} s")
-    print("written", record.write("first_step", [{"seconds": seconds, "total": total}]))
+
+        timed("clone", "git", "clone", "-q", str(record.ROOT), str(clone))
+        timed("venv", sys.executable, "-m", "venv", str(clone / ".venv"))
+        timed("install", PYTHON, "-m", "pip", "install", "-q", "-e", ".[examples]")
+        timed("one step", PYTHON, "examples/train_lm.py", "--steps", "1", "--out", folder)
+        row = {"seconds": dict(seconds), "total": round(sum(seconds.values()), 1)}
+        timed("wheel", PYTHON, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ".")
+        timed("test packages", PYTHON, "-m", "pip", "install", "-q", "-e", ".[test]")
+        timed("tests", PYTHON, "-m", "pytest", "-q")
+        (wheel,) = pathlib.Path(folder).glob("*.whl")
+        row |= {"wheel megabytes": round(wheel.stat().st_size / 1e6, 2), "tests": seconds["tests"]}
+    print(row)
+    print("written", record.write("first_step", [row]))
