@@ -1,4 +1,4 @@
-"""How long a newcomer waits: from a clean clone to a training step, and for the tests."""
+"""What a newcomer waits for: a training step from a clean clone, the tests; the wheel's size."""
 
 import os
 import pathlib
