@@ -41,7 +41,8 @@ def _workspace(query, key, value) -> ShapeDtypeStruct:
         width = -(-max(d, value.shape[3]) // 64) * 64
         tile = 128 if width == 64 else 64
         rows = -(-sq // tile) * tile
-        floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 4
+        floats = hq // max(g, 1) * (rows * (width + 2) + rows // 16) + 3 * rows + rows // 16 + 8
+        floats += 4 * -(-sk // 128)
     return ShapeDtypeStruct((b, g, floats), jnp.float32)
 
 

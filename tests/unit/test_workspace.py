@@ -13,6 +13,7 @@ from jax_flashattn import _dispatch, _lowering
 # Lines of b, g, r, sq, sk, d, dv on the input; workspace_floats and the end of the last array.
 PROGRAM = """
 #include <cstdio>
+struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 #include "cuda/sm90/backward_workspace.h"
 int main() {

@@ -52,6 +52,21 @@ static __device__ __forceinline__ bool barrier_test(uint64_t* barrier, int parit
   return over;
 }
 
+// One lane of a converged warp. ptxas issues copies under it without a loop over lanes.
+static __device__ __forceinline__ bool elect() {
+  int elected;
+  asm volatile(
+      "{\n.reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, one;\n}\n"
+      : "=r"(elected)::"memory");
+  return elected;
+}
+// A number that all lanes of a converged warp agree on, where ptxas sees that they do.
+static __device__ __forceinline__ int uniform(int x) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(x)));
+}
+
 static __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));

@@ -54,28 +54,30 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
                       make_tensor_map(&maps.key, p.k, p.dtype, n.b, n.sk, n.g, n.d, S::kKeys) &&
                       make_tensor_map(&maps.value, p.v, p.dtype, n.b, n.sk, n.g, n.dv, S::kKeys) &&
                       make_tensor_map(&maps.dout, p.dout, p.dtype, n.b, n.sq, hq, n.dv, S::kRows) &&
-                      make_tensor_map(&maps.dk, p.dk, p.dtype, n.b, n.sk, n.g, n.d, 64) &&
-                      make_tensor_map(&maps.dv, p.dv, p.dtype, n.b, n.sk, n.g, n.dv, 64);
+                      make_tensor_map(&maps.dk, p.dk, p.dtype, n.b, n.sk, n.g, n.d, S::kKeys) &&
+                      make_tensor_map(&maps.dv, p.dv, p.dtype, n.b, n.sk, n.g, n.dv, S::kKeys);
   if (!mapped) return "the driver refused a tensor map";
   const BackwardWorkspace w(p.scratch, n);
-  if (cudaMemsetAsync(w.key_range, 0, n.b * sizeof(int4), stream) != cudaSuccess)
-    return "the range of keys could not be reset";
+  if (cudaMemsetAsync(w.claimed, 0, w.counters_bytes(), stream) != cudaSuccess)
+    return "the counters could not be reset";
   const int tiles = static_cast<int>((n.sq + S::kRows - 1) / S::kRows);
+  const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
   const int64_t row_tiles = n.b * tiles, pieces = row_tiles * hq * S::kPieces;
   const dim3 prepare_grid(static_cast<unsigned>(row_tiles),
                           static_cast<unsigned>(hq < 16 ? hq : 16));
   std::string error =
-      launch_kernel("sm90 backward prepare", prepare_backward_kernel<S::kRows, S::kWidth>,
-                    prepare_grid, kPrepareThreads, 0, device, stream, p, w, tiles);
+      launch_kernel("sm90 backward prepare", prepare_backward_kernel<S::kRows, S::kWidth, S::kKeys>,
+                    prepare_grid, kPrepareThreads, 0, device, stream, p, w, tiles, key_tiles);
   if (!error.empty()) return error;
-  const int key_tiles = static_cast<int>((n.sk + S::kKeys - 1) / S::kKeys);
   const KeyTileOrder order{static_cast<int>(n.g), static_cast<int>(n.b), key_tiles,
                            section(p, key_tiles, device),
                            S::kDeterministic && (p.mask.lo || p.mask.right != kUnbounded)};
   constexpr int kBytes = sizeof(typename Kernel<S>::Smem);
   static_assert(kBytes <= 232448, "more shared memory than a block has");
-  error = launch_kernel("sm90 backward", Kernel<S>::kFunction,
-                        static_cast<int>(n.g * n.b * key_tiles), S::kThreads, kBytes, device,
+  const int64_t claims = n.g * n.b * key_tiles;
+  const int blocks =
+      static_cast<int>(claims < device.multiprocessors ? claims : device.multiprocessors);
+  error = launch_kernel("sm90 backward", Kernel<S>::kFunction, blocks, S::kThreads, kBytes, device,
                         stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap));
   if (!error.empty()) return error;
   return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,

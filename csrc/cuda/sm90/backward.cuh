@@ -1,6 +1,6 @@
 // Backward pass for sm_90a, head dims up to 128 (docs/kernels.md).
 //
-// Block: one producer warp and two consumer warpgroups of 64 keys each. dK and dV stay in
+// Block: a loading warp and two consumer warpgroups of 64 keys each. dK and dV stay in
 // registers; P^T and dS^T are register operands of dV += P^T dO and dK += dS^T Q. dS^T also goes to
 // shared memory for dQ = dS K, which lags a step behind and is added to global memory from
 // registers.
@@ -25,35 +25,22 @@ struct KeyRows {
 
 // A warpgroup of 64 keys. It makes one 64 x 64 piece of dQ: half of the columns, or of the rows.
 template <class S>
-__device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
-                        const BackwardWorkspace& w, const ScoreShape& shape,
-                        const KeyTileOrder::Place& at, NarrowSmem<S>& smem, int group) {
+__device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
+                        const ScoreShape& shape, NarrowSmem<S>& smem, int group) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
-  KeyCoordinates keys{};
-  if constexpr (S::kShaped) keys = key_coordinates(p.features, at.b);
-  const int key = at.key + 64 * group + thread / 32 * 16 + lane / 4;
-  const int64_t heads = p.n.g * p.n.r;
+  const int key_of_tile = 64 * group + thread / 32 * 16 + lane / 4;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   static_assert(S::kPieces == 2 && S::kKeys == 128);
   constexpr bool kRoundEarly = S::kRows == 64 && !S::kShaped;  // where registers allow
   Ring<S::kStages> ring;
+  Ring<S::kKeyStages> key_ring;
   KeyRows<S> t;
-#pragma unroll
-  for (int i = 0; i < S::kD / 2; ++i) t.dk[i] = t.dv[i] = 0;
-
-  const int4 key_range = w.key_range[at.b];  // early, for its latency
-  ptx::barrier_wait(&smem.key_full, 0);
-  ptx::barrier_wait(&smem.value_full, 0);
-  zero_unseen_keys<S>(key_range, at.key, smem, group);
-
-  const ptx::Operand key_rows = ptx::operand(smem.key + 64 * group * kChunk);
-  const ptx::Operand value_rows = ptx::operand(smem.value + 64 * group * kChunk);
-  // dQ piece: dS^T chunk and K chunk, both with keys as rows.
+  KeyCoordinates keys{};
+  int key;  // this thread's first
   constexpr bool kSplitColumns = S::kRows == 64;
-  const ptx::Operand key_columns =
-      ptx::operand(smem.key + (kSplitColumns ? group * S::kKeys * kChunk : 0));
+  ptx::Operand key_rows, value_rows, key_columns;
 
   const auto issue_scores = [&] {
     ptx::pin(t.score);
@@ -72,20 +59,34 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(key_columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  int turns = 0;
+  int turn = 0, turns = 0;  // steps, pieces of dQ
   const auto finish_dq = [&](int turn, int64_t tile) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
     add_piece<S>(w, tile * 2 + group, t.dq, smem, group, turns);
   };
   const auto tile_of = [&](const Step& step) {
-    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    return int64_t(step.head) * tiles + step.row / S::kRows;
   };
 
   Step step = wait_for_step<S>(smem, ring, group);
-  if (step.row != kNoMoreSteps) {
+  while (step.row != kNoMoreSteps) {
+    const int4 key_range = w.key_range[step.at.b];  // early, for its latency
+    const int place = key_ring.index(), first = turn;
+    key = step.at.key + key_of_tile;
+    if constexpr (S::kShaped) keys = key_coordinates(p.features, step.at.b);
+#pragma unroll
+    for (int i = 0; i < S::kD / 2; ++i) t.dk[i] = t.dv[i] = 0;
+    ptx::barrier_wait(&smem.key_full[place], key_ring.parity());
+    ptx::barrier_wait(&smem.value_full[place], key_ring.parity());
+    zero_unseen_keys<S>(key_range, step.at.key, smem.key[place], group);
+    key_rows = ptx::operand(smem.key[place] + 64 * group * kChunk);
+    value_rows = ptx::operand(smem.value[place] + 64 * group * kChunk);
+    // dQ piece: dS^T chunk and K chunk, both with keys as rows.
+    key_columns = ptx::operand(smem.key[place] + (kSplitColumns ? group * S::kKeys * kChunk : 0));
+
     issue_scores();
     int64_t tile = tile_of(step), previous = 0;
-    int turn = 0;
+    Step next;
     for (;; ++turn) {
       const int s = ring.index();
       ptx::barrier_wait(&smem.dout_full[s], ring.parity());
@@ -96,7 +97,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       [[maybe_unused]] uint32_t keep[S::kRows / 64];
       if constexpr (S::kDropout) {
         ptx::barrier_wait(&smem.flags_full[s], ring.parity());
-        read_flags(keep, smem.flags[s][(key - at.key) / 32], key % 32);
+        read_flags(keep, smem.flags[s][key_of_tile / 32], key_of_tile % 32);
         __syncwarp();
         if (lane == 0) ptx::barrier_arrive(&smem.flags_empty[s]);
       }
@@ -149,9 +150,9 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[turn & 1]);
 
-      // In the first turn dQ is of whatever lies there, for nobody: a product issued under a
+      // In a tile's first turn dQ is of whatever lies there, for nobody: a product issued under a
       // condition would make ptxas wait for all of them.
-      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[(turn - 1) & 1], (turn - 1) >> 1 & 1);
+      if (turn > first) ptx::barrier_wait(&smem.dscore_full[(turn - 1) & 1], (turn - 1) >> 1 & 1);
       ptx::pin(t.dv);
       ptx::pin(t.probability);
       ptx::pin_dead(t.dq);
@@ -163,21 +164,22 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       issue_update<S>(t.dk, t.dscore, ptx::operand(smem.query[s], S::kRows * 128));
 
       ring.next();
-      const Step next = wait_for_step<S>(smem, ring, group);
+      next = wait_for_step<S>(smem, ring, group);
       ptx::wgmma_wait<1>();  // dV and dQ are done
       ptx::pin(t.dv);
       ptx::pin(t.probability);
       ptx::pin(t.dq);
       if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
       // The way out has its own wait, in front of the next product: otherwise ptxas serialises all.
-      if (next.row == kNoMoreSteps) {
+      if (next.opens || next.row == kNoMoreSteps) {
         ptx::wgmma_wait<0>();
         ptx::pin(t.dk);
         ptx::pin(t.dscore);
+        if (lane == 0) ptx::barrier_arrive(&smem.query_empty[s]);
         break;
       }
       issue_scores();
-      if (turn > 0) finish_dq(turn - 1, previous);
+      if (turn > first) finish_dq(turn - 1, previous);
       ptx::wgmma_wait<1>();  // dK is done
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
@@ -186,7 +188,7 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
       previous = tile;
       tile = tile_of(step);
     }
-    if (turn > 0) finish_dq(turn - 1, previous);
+    if (turn > first) finish_dq(turn - 1, previous);
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
     ptx::pin_dead(t.dq);
     ptx::wgmma_fence();
@@ -194,26 +196,24 @@ __device__ void consume(const BackwardMaps& maps, const BackwardParams& p,
     ptx::wgmma_wait<0>();
     ptx::pin(t.dq);
     finish_dq(turn, tile);
-  }
-  ptx::named_sync(kBoth, 256);  // nobody reads K any more
+    ptx::named_sync(kBoth, 256);  // nobody reads K any more
 
 #pragma unroll
-  for (int i = 0; i < S::kD / 2; ++i) {
-    t.dk[i] *= static_cast<float>(p.scale);
-    if constexpr (S::kDropout) t.dv[i] *= rescale;
-  }
-  uint32_t packed[S::kD / 16][4];
-  round_fragment<T>(t.dk, packed);
-  store_fragment<S::kKeys>(smem.key, 64 * group, packed);
-  round_fragment<T>(t.dv, packed);
-  store_fragment<S::kKeys>(smem.value, 64 * group, packed);
-  ptx::proxy_fence();
-  ptx::named_sync(kOwn + group, 128);
-  if (thread == 0) {
-    store_gradient<S>(&maps.dk, smem.key, 64 * group, p.n.d, at);
-    store_gradient<S>(&maps.dv, smem.value, 64 * group, p.n.dv, at);
-    ptx::tma_commit();
-    ptx::tma_wait_read();
+    for (int i = 0; i < S::kD / 2; ++i) {
+      t.dk[i] *= static_cast<float>(p.scale);
+      if constexpr (S::kDropout) t.dv[i] *= rescale;
+    }
+    uint32_t packed[S::kD / 16][4];
+    round_fragment<T>(t.dk, packed);
+    store_fragment<S::kKeys>(smem.key[place], 64 * group, packed);
+    round_fragment<T>(t.dv, packed);
+    store_fragment<S::kKeys>(smem.value[place], 64 * group, packed);
+    ptx::proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&smem.gradient_full[place]);
+    key_ring.next();
+    step = next;
+    ++turn;
   }
 }
 
@@ -228,21 +228,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  const KeyTileOrder::Place at = order.place(blockIdx.x, S::kKeys);
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
+    if (ptx::uniform(threadIdx.x / 32) == 0) load<S>(maps, p, w, order, smem);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
-      keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
+      keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
       if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
-        make_flags<S>(p, at, smem, smem.flags_empty,
+        make_flags<S>(p, smem, smem.flags_empty,
                       [&](int s, int n, int row, uint32_t x) { smem.flags[s][n][row] = x; });
     }
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<S>(maps, p, w, shape, at, smem, warpgroup - 1);
+    consume<S>(p, w, shape, smem, warpgroup - 1);
   }
 }
 

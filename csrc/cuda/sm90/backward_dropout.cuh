@@ -10,8 +10,8 @@ namespace jax_flashattn::cuda::sm90 {
 // Buffers are used in turn as `empty` says; store(buffer, n, row, flags) puts those of the n-th 32
 // keys of a tile away.
 template <class S, class Store>
-__device__ void make_flags(const BackwardParams& p, const KeyTileOrder::Place& at,
-                           BackwardSmem<S>& smem, uint64_t* empty, const Store& store) {
+__device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint64_t* empty,
+                           const Store& store) {
   constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
@@ -28,7 +28,7 @@ __device__ void make_flags(const BackwardParams& p, const KeyTileOrder::Place& a
 #pragma unroll 1
       for (int n = 0; n < kWords; ++n) {
         uint32_t word[1];
-        dropped.words(at.key + 32 * n, word);
+        dropped.words(smem.step[s].at.key + 32 * n, word);
         store(s, n, row, word[0]);
       }
       __syncwarp();

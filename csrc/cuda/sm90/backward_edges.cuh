@@ -8,12 +8,13 @@
 namespace jax_flashattn::cuda::sm90 {
 
 // Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes dq and turns, and writes
-// statistics; y = 0 also writes limits, ranges and key_range. Rows past the sequence and rows that
-// see nothing get lse = inf: their probabilities are 0 (S11).
+// statistics; y = 0 also writes limits, ranges, key_range and row_tiles. Rows past the sequence and
+// rows that see nothing get lse = inf: their probabilities are 0 (S11).
 constexpr int kPrepareThreads = 256;
-template <int kRows, int kWidth>
+template <int kRows, int kWidth, int kKeys>
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles) {
+    prepare_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles,
+                            const int key_tiles) {
   const int b = blockIdx.x / tiles, tile = blockIdx.x % tiles, thread = threadIdx.x;
   const int row = tile * kRows + thread;
   const bool mine = thread < kRows;
@@ -48,9 +49,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (thread % 32 == 0) shared[thread / 32] = all;
   }
   __syncthreads();
-  if (thread != 0) return;
   TileLimits all = no_rows();
   for (const int4& x : shared) all = unite(all, {x.x, x.y, x.z, x.w});
+  const int end_key_tile = (all.max_hi + kKeys - 1) / kKeys;
+  for (int k = all.min_lo / kKeys + thread; k < end_key_tile; k += kPrepareThreads) {
+    atomicMax(&w.row_tiles[b * key_tiles + k].x, INT32_MAX - tile);
+    atomicMax(&w.row_tiles[b * key_tiles + k].y, tile + 1);
+  }
+  if (thread != 0) return;
   w.ranges[blockIdx.x] = make_int4(all.min_lo, all.max_hi, all.max_lo, all.min_hi);
   atomicMax(&w.key_range[b].x, INT32_MAX - all.min_lo);
   atomicMax(&w.key_range[b].y, all.max_hi);

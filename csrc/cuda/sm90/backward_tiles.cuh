@@ -1,17 +1,18 @@
 // What both backward kernels share: shapes, the loading warp, steps, and fragments of S^T and dP^T.
 //
-// A block works on kKeys keys of one key head. K and V stay in shared memory; the block walks the
-// tiles of kRows query rows that see any of its keys, for each query head of the group. One such
-// tile is a step. Scores are transposed, keys down and rows across.
+// Blocks are persistent. A key tile is kKeys keys of one key head: K and V stay in shared memory
+// while the block walks the tiles of kRows query rows that see any of these keys, for each query
+// head of the group. One such tile is a step; steps of one key tile follow those of the one before
+// without a break. Scores are transposed, keys down and rows across.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by every consumer warp):
-//   key_full, value_full       once
+//   key_full, value_full       K and V of a key tile
+//   gradient_full              dK and dV in their place, by every consumer warp
 //   query_full/query_empty     Q, statistics, limits and the Step
 //   dout_full/dout_empty       dO
 //   dscore_full/dscore_empty   dS^T of one step
 //   flags_full/flags_empty     dropout's flags of one step
 //   turn_open/turn_over        one piece of dQ of one warpgroup (deterministic)
-// Named barriers: kBoth, of both warpgroups; kOwn + warpgroup.
 #pragma once
 
 #include "cuda/sm90/backward_workspace.h"
@@ -40,14 +41,24 @@ struct BackwardShape {
   // Warps that make dropout's flags; the others of their warpgroup load, and keep turns.
   static constexpr int kFlagWarps = kDeterministic ? 1 : 3;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
+  // Key tiles in shared memory: where two fit below 200 KB, the next comes while one is worked on.
+  // Operands that lie higher cost more than that gains (docs/kernels.md).
+  static constexpr int kKeyStages = kD == 64 ? 2 : 1;
 };
 
-constexpr int kBoth = 1, kOwn = 2;
+constexpr int kBoth = 1;  // named barrier of both consumer warpgroups
 
-// One tile of query rows.
-struct Step {
+// Keys of one key head of a batch element.
+struct KeyPlace {
+  int b, head, key;
+};
+
+// One tile of query rows with a tile of keys.
+struct alignas(16) Step {
   int row;              // first row, or kNoMoreSteps
-  int head;             // of all query heads
+  int head;             // of all query heads of all batch elements
+  KeyPlace at;          // of the key tile
+  int opens;            // the first step of its key tile
   int partial, hidden;  // some row sees only some of the keys; some row sees nothing at all
   int before;           // how many blocks add to this tile of dQ before this one (deterministic)
   float slope;          // of the head, in units of log2 (shaped)
@@ -56,16 +67,17 @@ constexpr int kNoMoreSteps = -1;
 
 template <class S>
 struct BackwardSmem {
-  alignas(1024) typename S::T key[S::kKeys * S::kWidth];
-  alignas(1024) typename S::T value[S::kKeys * S::kWidth];
   alignas(1024) typename S::T query[S::kStages][S::kRows * S::kWidth];
   alignas(1024) typename S::T dout[S::kStages][S::kRows * S::kWidth];
+  alignas(1024) typename S::T key[S::kKeyStages][S::kKeys * S::kWidth];    // then dK
+  alignas(1024) typename S::T value[S::kKeyStages][S::kKeys * S::kWidth];  // then dV
   alignas(1024) typename S::T dscore[2][S::kKeys * S::kRows];
   alignas(16) float statistics[S::kStages][2][S::kRows];
   alignas(16) int limits[S::kStages][S::kLimits][S::kRows];  // lo, hi, aligned key coordinate
   alignas(16) uint4 stream[S::kStages];                      // S12: of the head
   Step step[S::kStages];
-  uint64_t key_full, value_full;
+  KeyPlace place[S::kKeyStages];  // the loader's
+  uint64_t key_full[S::kKeyStages], value_full[S::kKeyStages], gradient_full[S::kKeyStages];
   uint64_t query_full[S::kStages], query_empty[S::kStages];
   uint64_t dout_full[S::kStages], dout_empty[S::kStages];
   uint64_t dscore_full[2], dscore_empty[2];
@@ -77,124 +89,171 @@ struct BackwardMaps {
   CUtensorMap query, key, value, dout, dk, dv;
 };
 
-// Key tiles in the order blocks take them: sections of key heads that share L2; within a section
+// Key tiles in the order blocks claim them: sections of key heads that share L2; within a section
 // first keys first (under a causal mask the longest) and heads fastest. `last_first` is for
 // deterministic calls under a causal mask: rows then get their last visible keys first, for which
 // no block has to wait.
 struct KeyTileOrder {
   int heads, batches, key_tiles, section;
   bool last_first;
-  struct Place {
-    int b, head, key;
-  };
-  __device__ Place place(int tile, int keys) const {
+  __device__ int count() const { return heads * batches * key_tiles; }
+  __device__ KeyPlace place(int tile, int keys) const {
     const int first = tile / (section * key_tiles) * section;
     const int inside = tile - first * key_tiles, width = min(section, heads * batches - first);
     const int head = first + inside % width, n = inside / width;
     return {head / heads, head % heads, (last_first ? key_tiles - 1 - n : n) * keys};
   }
   // How many blocks add to the rows of these limits before the block at `key`.
-  __device__ int before(const int4& limits, int key, int keys) const {
-    return last_first ? (limits.y - 1) / keys - key / keys : key / keys - limits.x / keys;
+  __device__ int before(const TileLimits& rows, int key, int keys) const {
+    return last_first ? (rows.max_hi - 1) / keys - key / keys : key / keys - rows.min_lo / keys;
   }
 };
 
+// Zeros for the gradients of keys that no row sees, by a warp.
 template <class S>
-__device__ void load_steps(const BackwardMaps& maps, const BackwardParams& p,
-                           const BackwardWorkspace& w, const KeyTileOrder& order,
-                           const KeyTileOrder::Place& at, BackwardSmem<S>& smem) {
-  const int lane = threadIdx.x % 32, group = static_cast<int>(p.n.r);
-  const bool leader = lane == 0;
-  if (leader) {
-    load_tile<S::kKeys, S::kChunks>(smem.key, &maps.key, &smem.key_full, at.head, at.key, at.b);
-    load_tile<S::kKeys, S::kChunks>(smem.value, &maps.value, &smem.value_full, at.head, at.key,
-                                    at.b);
-  }
+__device__ void write_nothing(const BackwardParams& p, const KeyPlace& at) {
+  const auto clear = [&](void* gradient, int64_t width) {
+    for (int64_t key = at.key; key < min(int64_t(at.key) + S::kKeys, p.n.sk); ++key) {
+      auto* row =
+          static_cast<typename S::T*>(gradient) + ((at.b * p.n.sk + key) * p.n.g + at.head) * width;
+      for (int i = threadIdx.x % 32; i < width / 8; i += 32)
+        reinterpret_cast<uint4*>(row)[i] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  clear(p.dk, p.n.d);
+  clear(p.dv, p.n.dv);
+}
+
+// A gradient of a key tile from shared memory to global memory.
+template <class S>
+__device__ __forceinline__ void store_tile(const CUtensorMap* map, const typename S::T* tile,
+                                           int64_t width, const KeyPlace& at) {
+  for (int c = 0; c < S::kChunks; ++c)
+    if (c * kChunk < width)
+      ptx::tma_store(map, tile + c * S::kKeys * kChunk, c * kChunk, at.head, at.key, at.b);
+}
+
+// The loading warp: claims key tiles, finds their steps, keeps the copy engine busy both ways. All
+// lanes agree on everything but which of 32 row tiles they look at, so that few registers do.
+template <class S>
+__device__ void load(const BackwardMaps& maps, const BackwardParams& p, const BackwardWorkspace& w,
+                     const KeyTileOrder& order, BackwardSmem<S>& smem) {
+  const int lane = threadIdx.x % 32;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
-  const int64_t first_tile = int64_t(at.b) * tiles;
+  const int group = static_cast<int>(p.n.r);
   Ring<S::kStages> ring;
-  const auto load_step = [&](int tile, int head, bool partial, bool hidden) {
-    const int s = ring.index();
-    ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
-    int before = 0;
-    if constexpr (S::kDeterministic)
-      before = order.before(w.ranges[first_tile + tile], at.key, S::kKeys);
-    const int64_t heads = p.n.g * p.n.r, head_of_all = at.b * heads + head;
-    smem.step[s] = {tile * S::kRows, head, partial, hidden, before, 0};
-    if constexpr (S::kShaped) smem.step[s].slope = alibi_slope(p.features, head_of_all);
+  Ring<S::kKeyStages> key_ring;
+  // The gradients of the key tile that the ring comes to again.
+  const auto store_gradients = [&] {
+    const int i = key_ring.index();
+    ptx::barrier_wait(&smem.gradient_full[i], key_ring.parity() ^ 1);
+    if (lane == 0) {
+      const KeyPlace at = smem.place[i];
+      store_tile<S>(&maps.dk, smem.key[i], p.n.d, at);
+      store_tile<S>(&maps.dv, smem.value[i], p.n.dv, at);
+      ptx::tma_commit();
+      ptx::tma_wait_read();
+    }
+    __syncwarp();
+  };
+  const auto load_keys = [&](const KeyPlace& at) {
+    const int i = key_ring.index();
+    if (key_ring.uses >= S::kKeyStages) store_gradients();
+    if (ptx::elect()) {
+      smem.place[i] = at;
+      load_tile<S::kKeys, S::kChunks>(smem.key[i], &maps.key, &smem.key_full[i], at.head, at.key,
+                                      at.b);
+      load_tile<S::kKeys, S::kChunks>(smem.value[i], &maps.value, &smem.value_full[i], at.head,
+                                      at.key, at.b);
+    }
+    key_ring.next();
+  };
+  const auto load_step = [&](const Step& step, int head) {
+    const int s = ring.index(), tile = step.row / S::kRows;
     constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4,
                   kLimitBytes = S::kLimits * S::kRows * 4;
-    uint64_t* full = &smem.query_full[s];
-    const bool limited = S::kShaped || partial;
-    ptx::barrier_expect(full, kTileBytes + kColumnBytes + (limited ? kLimitBytes : 0) +
-                                  (S::kDropout ? sizeof(uint4) : 0));
-    for (int c = 0; c < S::kChunks; ++c)
-      ptx::tma_load(smem.query[s] + c * S::kRows * kChunk, &maps.query, full, c * kChunk, head,
-                    tile * S::kRows, at.b);
-    ptx::bulk_load(smem.statistics[s], w.statistics + (head_of_all * tiles + tile) * (2 * S::kRows),
-                   kColumnBytes, full);
-    if (limited)
-      ptx::bulk_load(smem.limits[s], w.limits + (first_tile + tile) * (3 * S::kRows), kLimitBytes,
-                     full);
-    if constexpr (S::kDropout)
-      ptx::bulk_load(&smem.stream[s], p.features.dropout + head_of_all * 4, sizeof(uint4), full);
+    uint64_t* const full = &smem.query_full[s];
+    const bool limited = S::kShaped || step.partial;
+    ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
+    if (ptx::elect()) {
+      smem.step[s] = step;
+      ptx::barrier_expect(full, kTileBytes + kColumnBytes + (limited ? kLimitBytes : 0) +
+                                    (S::kDropout ? sizeof(uint4) : 0));
+#pragma unroll
+      for (int c = 0; c < S::kChunks; ++c)
+        ptx::tma_load(smem.query[s] + c * S::kRows * kChunk, &maps.query, full, c * kChunk, head,
+                      step.row, step.at.b);
+      ptx::bulk_load(smem.statistics[s],
+                     w.statistics + (int64_t(step.head) * tiles + tile) * (2 * S::kRows),
+                     kColumnBytes, full);
+      if (limited)
+        ptx::bulk_load(smem.limits[s],
+                       w.limits + (int64_t(step.at.b) * tiles + tile) * (3 * S::kRows), kLimitBytes,
+                       full);
+      if constexpr (S::kDropout)
+        ptx::bulk_load(&smem.stream[s], p.features.dropout + int64_t(step.head) * 4, sizeof(uint4),
+                       full);
+    }
+    __syncwarp();
     ptx::barrier_wait(&smem.dout_empty[s], ring.parity() ^ 1);
-    load_tile<S::kRows, S::kChunks>(smem.dout[s], &maps.dout, &smem.dout_full[s], head,
-                                    tile * S::kRows, at.b);
+    if (ptx::elect())
+      load_tile<S::kRows, S::kChunks>(smem.dout[s], &maps.dout, &smem.dout_full[s], head, step.row,
+                                      step.at.b);
+    __syncwarp();
     ring.next();
   };
-  // Few of many tiles may see these keys, so the search must not wait for memory at every turn:
-  // four times 32 tiles are looked up at once, first those around the row aligned with these keys.
-  // Turns are taken from the first rows on.
-  constexpr int kAtOnce = 128;
-  const int searches = (tiles + kAtOnce - 1) / kAtOnce;
-  const int64_t aligned = clamp<int64_t>(at.key + p.n.sq - p.n.sk, 0, p.n.sq - 1);
-  const int start = S::kDeterministic ? 0 : static_cast<int>(aligned / (S::kRows * kAtOnce));
-  const int4* const ranges = w.ranges + first_tile;
-  const auto sees = [&](int tile) {
-    if (tile >= tiles) return false;
-    const int2 rows = *reinterpret_cast<const int2*>(ranges + tile);  // min_lo, max_hi
-    return rows.x < at.key + S::kKeys && at.key < rows.y;
-  };
-  for (int r = 0; r < group; ++r) {
-    for (int n = 0; n < searches; ++n) {
-      const int base = (n + start < searches ? n + start : n + start - searches) * kAtOnce;
-      const bool found[4] = {sees(base + lane), sees(base + 32 + lane), sees(base + 64 + lane),
-                             sees(base + 96 + lane)};
-      unsigned some[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) some[c] = __ballot_sync(0xffffffffu, found[c]);
-#pragma unroll 1
-      for (int first = base; some[0] | some[1] | some[2] | some[3]; first += 32) {
-        if (some[0]) {
-          TileLimits limits = no_rows();
-          if (first + lane < tiles) {
-            const int4 x = ranges[first + lane];
-            limits = {x.x, x.y, x.z, x.w};
-          }
-          const TileClass seen = classify(limits, at.key, at.key + S::kKeys);
-          const unsigned partial = __ballot_sync(0xffffffffu, seen == TileClass::kPartial);
-          const unsigned hidden = __ballot_sync(0xffffffffu, limits.min_hi == 0);
-          if (leader)
-            for (unsigned left = some[0]; left; left &= left - 1) {
-              const int t = __ffs(left) - 1;
-              load_step(first + t, at.head * group + r, partial >> t & 1, hidden >> t & 1);
-            }
-          __syncwarp();
+  for (int claimed = blockIdx.x; claimed < order.count();) {
+    KeyPlace at = order.place(claimed, S::kKeys);
+    at = {ptx::uniform(at.b), ptx::uniform(at.head), ptx::uniform(at.key)};
+    const int2 rows = w.row_tiles[at.b * order.key_tiles + at.key / S::kKeys];
+    const int first = ptx::uniform(INT32_MAX - rows.x), end = ptx::uniform(rows.y);
+    const int4* const ranges = w.ranges + int64_t(at.b) * tiles;
+    bool opens = true;
+    for (int r = 0; r < group; ++r) {
+      const int head = at.head * group + r;
+      const int64_t head_of_all = int64_t(at.b) * (p.n.g * group) + head;
+      const float slope = S::kShaped ? alibi_slope(p.features, head_of_all) : 0.0f;
+      for (int base = first; base < end; base += 32) {
+        TileLimits limits = no_rows();
+        if (base + lane < end) {
+          const int4 x = ranges[base + lane];
+          limits = {x.x, x.y, x.z, x.w};
         }
-        some[0] = some[1];
-        some[1] = some[2];
-        some[2] = some[3];
-        some[3] = 0;
+        const TileClass seen = classify(limits, at.key, at.key + S::kKeys);
+        const unsigned partial = __ballot_sync(0xffffffffu, seen == TileClass::kPartial);
+        const unsigned hidden = __ballot_sync(0xffffffffu, limits.min_hi == 0);
+        for (unsigned left = __ballot_sync(0xffffffffu, seen != TileClass::kSkip); left;
+             left &= left - 1) {
+          const int t = __ffs(left) - 1;
+          Step step{(base + t) * S::kRows,
+                    static_cast<int>(head_of_all),
+                    at,
+                    opens,
+                    static_cast<int>(partial >> t & 1),
+                    static_cast<int>(hidden >> t & 1),
+                    0,
+                    slope};
+          if constexpr (S::kDeterministic)
+            step.before = __shfl_sync(0xffffffffu, order.before(limits, at.key, S::kKeys), t);
+          // With one place for keys, the tile before leaves when this step is known.
+          if (S::kKeyStages > 1 && opens) load_keys(at);
+          load_step(step, head);
+          if (S::kKeyStages == 1 && opens) load_keys(at);
+          opens = false;
+        }
       }
     }
+    if (opens) write_nothing<S>(p, at);
+    if (lane == 0) claimed = gridDim.x + atomicAdd(w.claimed, 1);
+    claimed = __shfl_sync(0xffffffffu, claimed, 0);
   }
-  if (leader) {
-    const int s = ring.index();
-    ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
-    smem.step[s] = {kNoMoreSteps, 0, 0, 0, 0, 0};
-    ptx::barrier_arrive(&smem.query_full[s]);
+  ptx::barrier_wait(&smem.query_empty[ring.index()], ring.parity() ^ 1);
+  if (lane == 0) {
+    smem.step[ring.index()] = {kNoMoreSteps};  // nothing of the last step: see wait_for_step
+    ptx::barrier_arrive(&smem.query_full[ring.index()]);
   }
+  for (int i = 0; i < S::kKeyStages; ++i, key_ring.next())
+    if (key_ring.uses >= S::kKeyStages) store_gradients();
 }
 
 // Zeroes row `row` of a tile of kRows rows, by eight threads.
@@ -360,12 +419,11 @@ __device__ __forceinline__ void add_piece(const BackwardWorkspace& w, int64_t pi
 
 // S14: blocks add to each piece of dQ in a fixed order, kept by a counter in global memory. One
 // lane per consumer warpgroup minds it, so that nobody else waits for memory: it opens a turn when
-// the counter says so, and counts the block when its warps have added. A block waits only for
-// blocks that were launched before it.
+// the counter says so, and counts the block when its warps have added. A key tile waits only for
+// those that were claimed before it.
 template <class S>
 __device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
-                           const KeyTileOrder::Place& at, BackwardSmem<S>& smem, int group) {
-  const int64_t heads = p.n.g * p.n.r;
+                           BackwardSmem<S>& smem, int group) {
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   Ring<S::kStages> ring;
   for (int turn = 0;; ring.next()) {
@@ -374,7 +432,7 @@ __device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
     const Step step = smem.step[s];
     ptx::barrier_arrive(&smem.query_empty[s]);
     if (step.row == kNoMoreSteps) return;
-    const int64_t tile = (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    const int64_t tile = int64_t(step.head) * tiles + step.row / S::kRows;
     for (int piece = group; piece < S::kPieces; piece += 2, ++turn) {
       int* const counter = w.turns + tile * S::kPieces + piece;
       while (ptx::load_acquire(counter) != step.before) {
@@ -389,7 +447,7 @@ __device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
 
 // S13: keys that no row sees may hold NaN, which would meet dS = 0.
 template <class S>
-__device__ void zero_unseen_keys(const int4& key_range, int first_key, BackwardSmem<S>& smem,
+__device__ void zero_unseen_keys(const int4& key_range, int first_key, typename S::T* keys,
                                  int group) {
   const int first_seen = INT32_MAX - key_range.x, end_seen = key_range.y;
   if (first_key >= first_seen && first_key + S::kKeys <= end_seen) return;
@@ -397,7 +455,7 @@ __device__ void zero_unseen_keys(const int4& key_range, int first_key, BackwardS
   const int thread = threadIdx.x % 128;
   for (int row = group * kShare + thread / 8; row < (group + 1) * kShare; row += 16)
     if (first_key + row < first_seen || first_key + row >= end_seen)
-      zero_row<S::kKeys, S::kChunks>(smem.key, row, thread % 8);
+      zero_row<S::kKeys, S::kChunks>(keys, row, thread % 8);
   ptx::proxy_fence();
   ptx::named_sync(kBoth, 256);
 }
@@ -424,21 +482,13 @@ __device__ __forceinline__ Step wait_for_step(BackwardSmem<S>& smem, const Ring<
   return step;
 }
 
-// A gradient's 64 rows of keys from shared memory to global memory.
-template <class S>
-__device__ __forceinline__ void store_gradient(const CUtensorMap* map, const typename S::T* tile,
-                                               int first_row, int64_t width,
-                                               const KeyTileOrder::Place& at) {
-  for (int c = 0; c < S::kChunks; ++c)
-    if (c * kChunk < width)
-      ptx::tma_store(map, tile + (c * S::kKeys + first_row) * kChunk, c * kChunk, at.head,
-                     at.key + first_row, at.b);
-}
-
 template <class S>
 __device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_writers) {
-  ptx::barrier_init(&smem.key_full, 1);
-  ptx::barrier_init(&smem.value_full, 1);
+  for (int i = 0; i < S::kKeyStages; ++i) {
+    ptx::barrier_init(&smem.key_full[i], 1);
+    ptx::barrier_init(&smem.value_full[i], 1);
+    ptx::barrier_init(&smem.gradient_full[i], 8);
+  }
   for (int i = 0; i < 2; ++i) {
     ptx::barrier_init(&smem.query_full[i], 1);
     ptx::barrier_init(&smem.dout_full[i], 1);

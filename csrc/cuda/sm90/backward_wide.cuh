@@ -28,34 +28,25 @@ struct WideSmem : BackwardSmem<S> {
 };
 
 template <class S, bool kScores>
-__device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
-                             const BackwardWorkspace& w, const ScoreShape& shape,
-                             const KeyTileOrder::Place& at, WideSmem<S>& smem) {
+__device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w,
+                             const ScoreShape& shape, WideSmem<S>& smem) {
   using T = typename S::T;
   static_assert(S::kRows == 64 && S::kKeys == 64);
   constexpr int kGroup = kScores ? 0 : 1;
   constexpr bool kTwoPieces = kGroup + 2 < S::kChunks;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
-  const int key = at.key + thread / 32 * 16 + lane / 4;
+  const int key_of_tile = thread / 32 * 16 + lane / 4;
   KeyCoordinates key_coordinate{};
-  if constexpr (S::kShaped) key_coordinate = key_coordinates(p.features, at.b);
-  const int64_t heads = p.n.g * p.n.r;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   Ring<S::kStages> ring;
+  Ring<S::kKeyStages> key_ring;
   float gradient[S::kD / 2];  // dV or dK
   float x[32];                // S^T, then P^T; or dP^T, then dS^T
   float dq[32];
   uint32_t packed[4][4];
-#pragma unroll
-  for (int i = 0; i < S::kD / 2; ++i) gradient[i] = 0;
-
-  const int4 key_range = w.key_range[at.b];  // early, for its latency
-  ptx::barrier_wait(&smem.key_full, 0);
-  ptx::barrier_wait(&smem.value_full, 0);
-  zero_unseen_keys<S>(key_range, at.key, smem, kGroup);
-
-  const ptx::Operand keys = ptx::operand(kScores ? smem.key : smem.value);
+  int place;  // of the key tile in shared memory
+  ptx::Operand keys;
   const auto issue_products = [&] {  // S^T = K Q^T, or dP^T = V dO^T
     const int s = ring.index();
     if constexpr (!kScores) ptx::barrier_wait(&smem.dout_full[s], ring.parity());
@@ -65,7 +56,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
   };
   const auto issue_dq = [&](int turn, int chunk) {
     const ptx::Operand dscore = ptx::operand(smem.dscore[turn & 1]);
-    const ptx::Operand columns = ptx::operand(smem.key + chunk * S::kKeys * kChunk);
+    const ptx::Operand columns = ptx::operand(smem.key[place] + chunk * S::kKeys * kChunk);
     ptx::pin_dead(dq);
     ptx::wgmma_fence();
 #pragma unroll
@@ -74,7 +65,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
                                            ptx::advanced(columns, k * 16 * 128), k > 0);
     ptx::wgmma_commit();
   };
-  int turns = 0;
+  int turn = 0, turns = 0;  // steps, pieces of dQ
   const auto add_dq = [&](int64_t tile, int chunk) {
     add_piece<S>(w, tile * S::kPieces + chunk, dq, smem, kGroup, turns);
   };
@@ -82,14 +73,25 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
   };
   const auto tile_of = [&](const Step& step) {
-    return (at.b * heads + step.head) * tiles + step.row / S::kRows;
+    return int64_t(step.head) * tiles + step.row / S::kRows;
   };
 
   Step step = wait_for_step<S>(smem, ring, kGroup);
-  if (step.row != kNoMoreSteps) {
+  while (step.row != kNoMoreSteps) {
+    const int4 key_range = w.key_range[step.at.b];  // early, for its latency
+    const int first = turn, key = step.at.key + key_of_tile;
+    if constexpr (S::kShaped) key_coordinate = key_coordinates(p.features, step.at.b);
+#pragma unroll
+    for (int i = 0; i < S::kD / 2; ++i) gradient[i] = 0;
+    place = key_ring.index();
+    ptx::barrier_wait(&smem.key_full[place], key_ring.parity());
+    ptx::barrier_wait(&smem.value_full[place], key_ring.parity());
+    zero_unseen_keys<S>(key_range, step.at.key, smem.key[place], kGroup);
+    keys = ptx::operand(kScores ? smem.key[place] : smem.value[place]);
+
     // Tiles of this step and the two before it.
     int64_t tile = tile_of(step), previous = 0, last = 0;
-    int turn = 0;
+    Step next;
     issue_products();
     ptx::wgmma_commit();  // in place of a second piece of dQ
     for (;; ++turn) {
@@ -144,7 +146,7 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       // The second piece of the step before the previous one.
       ptx::wgmma_wait<0>();
       ptx::pin(dq);
-      if (turn > 1) {
+      if (turn > first + 1) {
         release_dscore(turn);
         if constexpr (kTwoPieces) add_dq(last, kGroup + 2);
       }
@@ -157,8 +159,8 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       } else {
         ptx::barrier_wait(&smem.dout_full[s], ring.parity());
       }
-      // In the first turn dQ is of whatever lies there, for nobody.
-      if (turn > 0) ptx::barrier_wait(&smem.dscore_full[half ^ 1], (turn - 1) >> 1 & 1);
+      // In a tile's first turn dQ is of whatever lies there, for nobody.
+      if (turn > first) ptx::barrier_wait(&smem.dscore_full[half ^ 1], (turn - 1) >> 1 & 1);
       ptx::pin(gradient);
       ptx::pin(packed);
       ptx::wgmma_fence();
@@ -166,14 +168,14 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
                       ptx::operand(kScores ? smem.dout[s] : smem.query[s], S::kRows * 128));
       issue_dq(turn - 1, kGroup);
       ring.next();
-      const Step next = wait_for_step<S>(smem, ring, kGroup);
+      next = wait_for_step<S>(smem, ring, kGroup);
       ptx::wgmma_wait<0>();
       ptx::pin(gradient);
       ptx::pin(packed);
       ptx::pin(dq);
       if (lane == 0) ptx::barrier_arrive(kScores ? &smem.dout_empty[s] : &smem.query_empty[s]);
-      if (turn > 0) add_dq(previous, kGroup);
-      if (next.row == kNoMoreSteps) break;
+      if (turn > first) add_dq(previous, kGroup);
+      if (next.opens || next.row == kNoMoreSteps) break;
       issue_products();
       if constexpr (kTwoPieces)
         issue_dq(turn - 1, kGroup + 2);
@@ -191,26 +193,28 @@ __device__ void consume_wide(const BackwardMaps& maps, const BackwardParams& p,
       ptx::pin(dq);
       add_dq(tile, chunk);
     };
-    if (kTwoPieces && turn > 0) finish_piece(turn - 1, previous, kGroup + 2);
+    if (turn > first) {
+      if constexpr (kTwoPieces) finish_piece(turn - 1, previous, kGroup + 2);
+      release_dscore(turn - 1);
+    }
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
     finish_piece(turn, tile, kGroup);
-    if (kTwoPieces) finish_piece(turn, tile, kGroup + 2);
-  }
-  ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
+    if constexpr (kTwoPieces) finish_piece(turn, tile, kGroup + 2);
+    release_dscore(turn);
+    ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
 
-  const float factor = kScores ? rescale : static_cast<float>(p.scale);
+    const float factor = kScores ? rescale : static_cast<float>(p.scale);
 #pragma unroll
-  for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
-  T* const staging = kScores ? smem.value : smem.key;
-  uint32_t rounded[S::kD / 16][4];
-  round_fragment<T>(gradient, rounded);
-  store_fragment<S::kKeys>(staging, 0, rounded);
-  ptx::proxy_fence();
-  ptx::named_sync(kOwn + kGroup, 128);
-  if (thread == 0) {
-    store_gradient<S>(kScores ? &maps.dv : &maps.dk, staging, 0, kScores ? p.n.dv : p.n.d, at);
-    ptx::tma_commit();
-    ptx::tma_wait_read();
+    for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
+    uint32_t rounded[S::kD / 16][4];
+    round_fragment<T>(gradient, rounded);
+    store_fragment<S::kKeys>(kScores ? smem.value[place] : smem.key[place], 0, rounded);
+    ptx::proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&smem.gradient_full[place]);
+    key_ring.next();
+    step = next;
+    ++turn;
   }
 }
 
@@ -230,25 +234,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  const KeyTileOrder::Place at = order.place(blockIdx.x, S::kKeys);
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x < 32) load_steps<S>(maps, p, w, order, at, smem);
+    if (ptx::uniform(threadIdx.x / 32) == 0) load<S>(maps, p, w, order, smem);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
-      keep_turns<S>(p, w, at, smem, threadIdx.x / 32 - 1);
+      keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
       if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
-        make_flags<S>(p, at, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
+        make_flags<S>(p, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
           smem.flags(s, 2 * n)[row] = smem.flags(s, 2 * n + 1)[row] = x;
         });
     }
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (warpgroup == 1)
-      consume_wide<S, true>(maps, p, w, shape, at, smem);
+      consume_wide<S, true>(p, w, shape, smem);
     else
-      consume_wide<S, false>(maps, p, w, shape, at, smem);
+      consume_wide<S, false>(p, w, shape, smem);
   }
 }
 

@@ -60,9 +60,10 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   if (cudaMemsetAsync(p.scratch, 0, sizeof(int), stream) != cudaSuccess)
     return "the tile counter could not be reset";
   const int heads = static_cast<int>(n.g * n.r);
-  const TileOrder order{heads, static_cast<int>(n.b),
-                        static_cast<int>((n.sq + S::kRows - 1) / S::kRows), section(p),
-                        static_cast<int*>(p.scratch)};
+  const int row_tiles = static_cast<int>((n.sq + S::kRows - 1) / S::kRows);
+  const int before = static_cast<int>((row_tiles * S::kRows - n.sq) / 64 * 64);
+  const TileOrder order{heads,  static_cast<int>(n.b),       row_tiles, section(p),
+                        before, static_cast<int*>(p.scratch)};
   const int64_t tiles = int64_t(order.heads) * order.batches * order.row_tiles;
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);

@@ -2,8 +2,8 @@
 //
 // Block: one producer warpgroup and kGroups consumer warpgroups of 64 query rows. A tile is kRows
 // query rows of one head; its visible keys come in blocks of kKeys. Of the producers, a warp for
-// each 64 rows computes the limits of the tile's rows (scout) and one lane keeps the copy engine
-// busy (load); both run a tile ahead. Consumers overlap the softmax of one block with the products
+// each 64 rows computes the limits of the tile's rows (scout) and one keeps the copy engine busy
+// (load); both run a tile ahead. Consumers overlap the softmax of one block with the products
 // of its neighbours.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by consumers):
@@ -25,6 +25,7 @@ template <class S>
 __device__ void write_nothing(const ForwardParams& p, const TilePlace& at, int group) {
   const int64_t heads = p.n.g * p.n.r;
   const int first = at.row + 64 * group, last = min(int64_t(first) + 64, p.n.sq);
+  if (first < 0) return;
   for (int row = first + threadIdx.x % 128 / 32; row < last; row += 4) {
     auto* out =
         static_cast<uint32_t*>(p.out) + ((at.b * p.n.sq + row) * heads + at.head) * p.n.dv / 2;
@@ -418,11 +419,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   if constexpr (S::kInProduct) init_distances<S>(smem);
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
-    if (threadIdx.x == 0) load<S>(maps, static_cast<int>(p.n.r), smem);
-    const int group = threadIdx.x / 32 - 1;
+    const int group = ptx::uniform(threadIdx.x / 32) - 1;
+    if (group < 0) load<S>(maps, static_cast<int>(p.n.r), smem);
     if (0 <= group && group < S::kGroups) scout<S>(p, order, scale, smem, group);
   } else if (warpgroup <= S::kGroups) {
     ptx::take_registers<S::kConsumerRegisters>();

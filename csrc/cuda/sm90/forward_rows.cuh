@@ -245,7 +245,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Rows<S
     factor[h] = __fdividef(factor[h], sum);
     if constexpr (S::kDropout) factor[h] *= static_cast<float>(kept_scale(p.features));
     if (nothing) factor[h] = kNothing;
-    if (threadIdx.x % 4 == 0 && row < p.n.sq)
+    if (threadIdx.x % 4 == 0 && has_row(p.n, at, in_tile))
       static_cast<float*>(p.lse)[head * p.n.sq + row] =
           nothing ? -INFINITY : largest + __logf(sum);  // S10
   }

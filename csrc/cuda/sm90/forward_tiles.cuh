@@ -157,16 +157,19 @@ struct ForwardMaps {
 };
 
 // Tiles in the order blocks take them: sections of heads whose keys and values stay in L2 together;
-// within a section last rows first (under a causal mask the longest) and heads fastest.
+// within a section last rows first (under a causal mask the longest) and heads fastest. Tiles end
+// with the last rows, so that the one with empty groups is the shortest: its first row may lie
+// whole groups before row 0.
 struct TileOrder {
   int heads, batches, row_tiles, section;
+  int before;  // rows before row 0
   int* taken;  // tiles taken beyond each block's first; 0 at launch
   __device__ int count() const { return heads * batches * row_tiles; }
   __device__ TilePlace place(int tile, int rows) const {
     const int first = tile / (section * row_tiles) * section;  // head of all batches
     const int inside = tile - first * row_tiles, width = min(section, heads * batches - first);
     const int head = first + inside % width;
-    return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows};
+    return {head / heads, head % heads, (row_tiles - 1 - inside / width) * rows - before};
   }
 };
 
@@ -184,9 +187,13 @@ __device__ __forceinline__ int row_of_thread(int group, int h) {
   return 64 * group + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
 }
 
-// The key coordinate that a row of a tile is aligned with; of rows past the last one, anything.
+// Whether a row of a tile is one of the call's.
+__device__ __forceinline__ bool has_row(const Sizes& n, const TilePlace& at, int row) {
+  return static_cast<unsigned>(at.row + row) < n.sq;
+}
+// The key coordinate that a row of a tile is aligned with; of other rows, anything.
 __device__ __forceinline__ int position_of(const ForwardParams& p, const TilePlace& at, int row) {
-  return at.row + row < p.n.sq ? aligned_position(p.features, p.mask, p.n, at.b, at.row + row)
+  return has_row(p.n, at, row) ? aligned_position(p.features, p.mask, p.n, at.b, at.row + row)
                                : row;
 }
 
@@ -201,7 +208,7 @@ __device__ __forceinline__ void write_limits(const ForwardParams& p, const TileP
   for (int half = 0; half < 2; ++half) {
     const int row = group * 64 + half * 32 + lane;
     Interval v = {0, 0};
-    if (at.row + row < p.n.sq) v = row_interval(p.mask, p.n, at.b, at.row + row);
+    if (has_row(p.n, at, row)) v = row_interval(p.mask, p.n, at.b, at.row + row);
     if (empty(v)) {
       v = {0, 0};  // widens nothing; its output is zeroed in the epilogue
     } else {
@@ -214,7 +221,7 @@ __device__ __forceinline__ void write_limits(const ForwardParams& p, const TileP
     rows->hi[row] = v.hi;
     if constexpr (S::kPositioned) {
       rows->position[row] = position_of(p, at, row);
-      if (at.row + row < p.n.sq) {
+      if (has_row(p.n, at, row)) {
         min_position = min(min_position, rows->position[row]);
         max_position = max(max_position, rows->position[row]);
       }
@@ -290,23 +297,31 @@ __device__ void scout(const ForwardParams& p, TileOrder order, const ScoreScale&
   }
 }
 
+// The loading warp. All its lanes do the same, so that ptxas sees that what they hand to the copy
+// engine is uniform.
 template <class S>
 __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
   const auto load_queries = [&](const TileInfo& info) {
-    load_tile<S::kRows, S::kChunks>(smem.query[query.index()], &maps.query,
-                                    &smem.query_full[query.index()], info.at.head, info.at.row,
-                                    info.at.b);
+    const int head = ptx::uniform(info.at.head), row = ptx::uniform(info.at.row),
+              b = ptx::uniform(info.at.b);
+    if (ptx::elect())
+      load_tile<S::kRows, S::kChunks>(smem.query[query.index()], &maps.query,
+                                      &smem.query_full[query.index()], head, row, b);
+    __syncwarp();
     query.next();
   };
   // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most
   // of the traffic is queries, and waits for memory.
   const auto try_queries = [&](const Ring<kTiles>& tile) {
-    if (!ptx::barrier_test(&smem.info_full[tile.index()], tile.parity())) return false;
+    if (!__all_sync(0xffffffffu, ptx::barrier_test(&smem.info_full[tile.index()], tile.parity())))
+      return false;
     const TileInfo& info = smem.info[tile.index()];
-    if (info.blocks == kNoMoreTiles) return true;
-    if (!ptx::barrier_test(&smem.query_empty[query.index()], query.parity() ^ 1)) return false;
+    if (ptx::uniform(info.blocks) == kNoMoreTiles) return true;
+    if (!__all_sync(0xffffffffu,
+                    ptx::barrier_test(&smem.query_empty[query.index()], query.parity() ^ 1)))
+      return false;
     load_queries(info);
     return true;
   };
@@ -314,30 +329,35 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   for (Ring<kTiles> tile;;) {
     ptx::barrier_wait(&smem.info_full[tile.index()], tile.parity());
     const TileInfo& info = smem.info[tile.index()];
-    const int blocks = info.blocks, first = info.first_key, b = info.at.b,
-              head = info.at.head / group;
+    const int blocks = ptx::uniform(info.blocks), first = ptx::uniform(info.first_key),
+              b = ptx::uniform(info.at.b), head = ptx::uniform(info.at.head / group);
     if (blocks == kNoMoreTiles) return;
     if (!queried) {
       ptx::barrier_wait(&smem.query_empty[query.index()], query.parity() ^ 1);
       load_queries(info);
     }
     queried = false;
-    ptx::barrier_arrive(&smem.info_empty[tile.index()]);
+    __syncwarp();
+    if (ptx::elect()) ptx::barrier_arrive(&smem.info_empty[tile.index()]);
     tile.next();
     // Keys one block ahead of values: their stage is free earlier, and they are needed earlier.
     for (int n = 0; n <= blocks; ++n) {
       if (n < blocks) {
         const int x = key.index();
         ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
-        load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], head,
-                                        first + n * S::kKeys, b);
+        if (ptx::elect())
+          load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], head,
+                                          first + n * S::kKeys, b);
+        __syncwarp();
         key.next();
       }
       if (n > 0) {
         const int x = value.index();
         ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
-        load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x], head,
-                                        first + (n - 1) * S::kKeys, b);
+        if (ptx::elect())
+          load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x], head,
+                                          first + (n - 1) * S::kKeys, b);
+        __syncwarp();
         value.next();
       }
       queried = queried || try_queries(tile);
