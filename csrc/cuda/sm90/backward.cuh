@@ -193,24 +193,41 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
     ptx::pin_dead(t.dq);
     ptx::wgmma_fence();
     issue_dq(turn);
+    const auto hand_on = [&](float(&gradient)[S::kD / 2], float factor, T* to) {
+#pragma unroll
+      for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
+      uint32_t packed[S::kD / 16][4];
+      round_fragment<T>(gradient, packed);
+      store_fragment<S::kKeys>(to, 64 * group, packed);
+    };
+    const auto hand_on_dk = [&](T* to) { hand_on(t.dk, static_cast<float>(p.scale), to); };
+    const auto hand_on_dv = [&] { hand_on(t.dv, rescale, smem.value[place]); };
+    const auto arrive = [&](uint64_t* full) {
+      ptx::proxy_fence();
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(full);
+    };
+    if constexpr (S::kStagesDk) {
+      // Nobody reads V any more: both warpgroups have handed on their dS.
+      hand_on_dv();
+      arrive(&smem.dv_full);
+    }
     ptx::wgmma_wait<0>();
     ptx::pin(t.dq);
-    finish_dq(turn, tile);
-    ptx::named_sync(kBoth, 256);  // nobody reads K any more
-
-#pragma unroll
-    for (int i = 0; i < S::kD / 2; ++i) {
-      t.dk[i] *= static_cast<float>(p.scale);
-      if constexpr (S::kDropout) t.dv[i] *= rescale;
+    if constexpr (S::kStagesDk) {
+      if (lane == 0) ptx::barrier_arrive(&smem.key_empty);
     }
-    uint32_t packed[S::kD / 16][4];
-    round_fragment<T>(t.dk, packed);
-    store_fragment<S::kKeys>(smem.key[place], 64 * group, packed);
-    round_fragment<T>(t.dv, packed);
-    store_fragment<S::kKeys>(smem.value[place], 64 * group, packed);
-    ptx::proxy_fence();
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(&smem.gradient_full[place]);
+    finish_dq(turn, tile);
+    if constexpr (S::kStagesDk) {
+      ptx::barrier_wait(&smem.dk_empty, key_ring.parity() ^ 1);
+      hand_on_dk(smem.staged_dk);
+      arrive(&smem.dk_full);
+    } else {
+      ptx::named_sync(kBoth, 256);  // nobody reads K any more
+      hand_on_dk(smem.key[place]);
+      hand_on_dv();
+      arrive(&smem.gradient_full[place]);
+    }
     key_ring.next();
     step = next;
     ++turn;
@@ -232,6 +249,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (ptx::uniform(threadIdx.x / 32) == 0) load<S>(maps, p, w, order, smem);
+    if (ptx::uniform(threadIdx.x / 32) == 3) zero_dq<S>(p, w);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {

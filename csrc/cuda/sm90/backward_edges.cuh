@@ -7,7 +7,7 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-// Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes dq and turns, and writes
+// Grid: (batch * row tiles, some heads), kPrepareThreads. Zeroes turns, and writes
 // statistics; y = 0 also writes limits, ranges, key_range and row_tiles. Rows past the sequence and
 // rows that see nothing get lse = inf: their probabilities are 0 (S11).
 constexpr int kPrepareThreads = 256;
@@ -22,10 +22,6 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int heads = static_cast<int>(p.n.g * p.n.r);
   for (int h = blockIdx.y; h < heads; h += gridDim.y) {
     const int64_t tile_of_all = (int64_t(b) * heads + h) * tiles + tile;
-    auto* dq = reinterpret_cast<float4*>(w.dq + tile_of_all * kRows * kWidth);
-#pragma unroll 8
-    for (int i = thread; i < kRows * kWidth / 4; i += kPrepareThreads)
-      dq[i] = make_float4(0, 0, 0, 0);
     constexpr int kPieces = kRows / 64 * kWidth / 64;
     if (thread < kPieces) w.turns[tile_of_all * kPieces + thread] = 0;
     if (!mine) continue;

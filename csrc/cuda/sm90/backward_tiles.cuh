@@ -7,12 +7,15 @@
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by every consumer warp):
 //   key_full, value_full       K and V of a key tile
-//   gradient_full              dK and dV in their place, by every consumer warp
+//   gradient_full              dK and dV in the places of K and V, by every consumer warp; or
+//   key_empty, dk_empty, dk_full, dv_full   (kStagesDk) K is no longer needed; the place of dK is
+//                              free; each gradient in its place
 //   query_full/query_empty     Q, statistics, limits and the Step
 //   dout_full/dout_empty       dO
 //   dscore_full/dscore_empty   dS^T of one step
 //   flags_full/flags_empty     dropout's flags of one step
 //   turn_open/turn_over        one piece of dQ of one warpgroup (deterministic)
+// Tiles of dQ are zeroed meanwhile (zero_dq).
 #pragma once
 
 #include "cuda/sm90/backward_workspace.h"
@@ -44,6 +47,8 @@ struct BackwardShape {
   // Key tiles in shared memory: where two fit below 200 KB, the next comes while one is worked on.
   // Operands that lie higher cost more than that gains (docs/kernels.md).
   static constexpr int kKeyStages = kD == 64 ? 2 : 1;
+  // Where there is room dK leaves through a place of its own, so that the next K comes sooner.
+  static constexpr bool kStagesDk = kKeyStages == 1 && kD <= 128;
 };
 
 constexpr int kBoth = 1;  // named barrier of both consumer warpgroups
@@ -69,7 +74,7 @@ template <class S>
 struct BackwardSmem {
   alignas(1024) typename S::T query[S::kStages][S::kRows * S::kWidth];
   alignas(1024) typename S::T dout[S::kStages][S::kRows * S::kWidth];
-  alignas(1024) typename S::T key[S::kKeyStages][S::kKeys * S::kWidth];    // then dK
+  alignas(1024) typename S::T key[S::kKeyStages][S::kKeys * S::kWidth];    // then dK, or staged_dk
   alignas(1024) typename S::T value[S::kKeyStages][S::kKeys * S::kWidth];  // then dV
   alignas(1024) typename S::T dscore[2][S::kKeys * S::kRows];
   alignas(16) float statistics[S::kStages][2][S::kRows];
@@ -83,6 +88,10 @@ struct BackwardSmem {
   uint64_t dscore_full[2], dscore_empty[2];
   uint64_t turn_open[2], turn_over[2];     // of each warpgroup (deterministic)
   uint64_t flags_full[2], flags_empty[2];  // dropout
+  // kStagesDk
+  uint64_t key_empty, dk_empty, dk_full, dv_full;
+  alignas(S::kStagesDk ? 1024 : 16)
+      typename S::T staged_dk[S::kStagesDk ? S::kKeys * S::kWidth : 8];
 };
 
 struct BackwardMaps {
@@ -143,29 +152,48 @@ __device__ void load(const BackwardMaps& maps, const BackwardParams& p, const Ba
   const int group = static_cast<int>(p.n.r);
   Ring<S::kStages> ring;
   Ring<S::kKeyStages> key_ring;
-  // The gradients of the key tile that the ring comes to again.
-  const auto store_gradients = [&] {
-    const int i = key_ring.index();
-    ptx::barrier_wait(&smem.gradient_full[i], key_ring.parity() ^ 1);
-    if (lane == 0) {
-      const KeyPlace at = smem.place[i];
-      store_tile<S>(&maps.dk, smem.key[i], p.n.d, at);
-      store_tile<S>(&maps.dv, smem.value[i], p.n.dv, at);
-      ptx::tma_commit();
-      ptx::tma_wait_read();
+  // Stores the gradients of the key tile that the ring comes to again, and loads K and V of the one
+  // at `next`, if there is one, each as soon as it can.
+  const auto change_keys = [&](const KeyPlace* next) {
+    const int i = key_ring.index(), parity = key_ring.parity() ^ 1;
+    const bool again = key_ring.uses >= S::kKeyStages;
+    const KeyPlace before = smem.place[i];
+    const auto load_key = [&] {
+      if (next && ptx::elect())
+        load_tile<S::kKeys, S::kChunks>(smem.key[i], &maps.key, &smem.key_full[i], next->head,
+                                        next->key, next->b);
+      __syncwarp();
+    };
+    const auto load_value = [&] {
+      if (next && ptx::elect())
+        load_tile<S::kKeys, S::kChunks>(smem.value[i], &maps.value, &smem.value_full[i], next->head,
+                                        next->key, next->b);
+      __syncwarp();
+    };
+    const auto store = [&](uint64_t* full, bool dk, bool dv) {
+      ptx::barrier_wait(full, parity);
+      if (lane == 0) {
+        if (dk) store_tile<S>(&maps.dk, S::kStagesDk ? smem.staged_dk : smem.key[i], p.n.d, before);
+        if (dv) store_tile<S>(&maps.dv, smem.value[i], p.n.dv, before);
+        ptx::tma_commit();
+        ptx::tma_wait_read();
+      }
+      __syncwarp();
+    };
+    if constexpr (S::kStagesDk) {
+      if (again) ptx::barrier_wait(&smem.key_empty, parity);
+      load_key();
+      if (again) store(&smem.dv_full, false, true);
+      load_value();
+      if (again) store(&smem.dk_full, true, false);
+      if (again && lane == 0) ptx::barrier_arrive(&smem.dk_empty);
+    } else {
+      if (again) store(&smem.gradient_full[i], true, true);
+      load_key();
+      load_value();
     }
+    if (next && lane == 0) smem.place[i] = *next;
     __syncwarp();
-  };
-  const auto load_keys = [&](const KeyPlace& at) {
-    const int i = key_ring.index();
-    if (key_ring.uses >= S::kKeyStages) store_gradients();
-    if (ptx::elect()) {
-      smem.place[i] = at;
-      load_tile<S::kKeys, S::kChunks>(smem.key[i], &maps.key, &smem.key_full[i], at.head, at.key,
-                                      at.b);
-      load_tile<S::kKeys, S::kChunks>(smem.value[i], &maps.value, &smem.value_full[i], at.head,
-                                      at.key, at.b);
-    }
     key_ring.next();
   };
   const auto load_step = [&](const Step& step, int head) {
@@ -202,6 +230,16 @@ __device__ void load(const BackwardMaps& maps, const BackwardParams& p, const Ba
     __syncwarp();
     ring.next();
   };
+  // Consumers add a step's dQ when they have the next one, which is loaded behind this. In a
+  // deterministic call keep_turns waits.
+  const auto wait_for_zeros = [&](const Step& step) {
+    if constexpr (!S::kDeterministic) {
+      const int64_t tile = int64_t(step.head) * tiles + step.row / S::kRows;
+      while (ptx::load_acquire(w.turns + tile * S::kPieces) == 0) {
+      }
+      __syncwarp();
+    }
+  };
   for (int claimed = blockIdx.x; claimed < order.count();) {
     KeyPlace at = order.place(claimed, S::kKeys);
     at = {ptx::uniform(at.b), ptx::uniform(at.head), ptx::uniform(at.key)};
@@ -236,9 +274,10 @@ __device__ void load(const BackwardMaps& maps, const BackwardParams& p, const Ba
           if constexpr (S::kDeterministic)
             step.before = __shfl_sync(0xffffffffu, order.before(limits, at.key, S::kKeys), t);
           // With one place for keys, the tile before leaves when this step is known.
-          if (S::kKeyStages > 1 && opens) load_keys(at);
+          if (S::kKeyStages > 1 && opens) change_keys(&at);
           load_step(step, head);
-          if (S::kKeyStages == 1 && opens) load_keys(at);
+          if (S::kKeyStages == 1 && opens) change_keys(&at);
+          wait_for_zeros(step);
           opens = false;
         }
       }
@@ -252,8 +291,29 @@ __device__ void load(const BackwardMaps& maps, const BackwardParams& p, const Ba
     smem.step[ring.index()] = {kNoMoreSteps};  // nothing of the last step: see wait_for_step
     ptx::barrier_arrive(&smem.query_full[ring.index()]);
   }
-  for (int i = 0; i < S::kKeyStages; ++i, key_ring.next())
-    if (key_ring.uses >= S::kKeyStages) store_gradients();
+  for (int i = 0; i < S::kKeyStages; ++i) change_keys(nullptr);
+}
+
+// Zeroes dQ, all blocks together, by a warp that the loads leave idle: heads in the order in which
+// they are worked on. A tile's counters go to 1 when it is done. Who waits for that waits only for
+// blocks that run.
+template <class S>
+__device__ void zero_dq(const BackwardParams& p, const BackwardWorkspace& w) {
+  constexpr int kAtOnce = 2, kUnits = S::kRows * S::kWidth / 4;
+  const int lane = threadIdx.x % 32;
+  const int64_t tiles = p.n.b * p.n.g * p.n.r * ((p.n.sq + S::kRows - 1) / S::kRows);
+  const auto claim = [&] { return lane == 0 ? int64_t(atomicAdd(w.claimed + 1, 1)) * kAtOnce : 0; };
+  for (int64_t claimed = claim();;) {
+    const int64_t first = __shfl_sync(0xffffffffu, claimed, 0);
+    if (first >= tiles) return;
+    claimed = claim();  // early, for its latency
+    const int count = first + kAtOnce <= tiles ? kAtOnce : 1;
+    auto* const dq = reinterpret_cast<float4*>(w.dq) + first * kUnits;
+#pragma unroll 8
+    for (int i = lane; i < count * kUnits; i += 32) dq[i] = make_float4(0, 0, 0, 0);
+    __syncwarp();
+    if (lane < count * S::kPieces) ptx::add_release(w.turns + first * S::kPieces + lane, 1);
+  }
 }
 
 // Zeroes row `row` of a tile of kRows rows, by eight threads.
@@ -417,10 +477,10 @@ __device__ __forceinline__ void add_piece(const BackwardWorkspace& w, int64_t pi
   }
 }
 
-// S14: blocks add to each piece of dQ in a fixed order, kept by a counter in global memory. One
-// lane per consumer warpgroup minds it, so that nobody else waits for memory: it opens a turn when
-// the counter says so, and counts the block when its warps have added. A key tile waits only for
-// those that were claimed before it.
+// S14: blocks add to each piece of dQ in a fixed order, kept by a counter in global memory, which
+// is 1 when the piece is zeroed. One lane per consumer warpgroup minds it, so that nobody else
+// waits for memory: it opens a turn when the counter says so, and counts the block when its warps
+// have added. A key tile waits only for those that were claimed before it.
 template <class S>
 __device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
                            BackwardSmem<S>& smem, int group) {
@@ -435,11 +495,10 @@ __device__ void keep_turns(const BackwardParams& p, const BackwardWorkspace& w,
     const int64_t tile = int64_t(step.head) * tiles + step.row / S::kRows;
     for (int piece = group; piece < S::kPieces; piece += 2, ++turn) {
       int* const counter = w.turns + tile * S::kPieces + piece;
-      while (ptx::load_acquire(counter) != step.before) {
+      while (ptx::load_acquire(counter) != step.before + 1) {
       }
       ptx::barrier_arrive(&smem.turn_open[group]);
       ptx::barrier_wait(&smem.turn_over[group], turn & 1);
-      __threadfence();
       ptx::add_release(counter, 1);
     }
   }
@@ -489,6 +548,10 @@ __device__ __forceinline__ void init_barriers(BackwardSmem<S>& smem, int dscore_
     ptx::barrier_init(&smem.value_full[i], 1);
     ptx::barrier_init(&smem.gradient_full[i], 8);
   }
+  ptx::barrier_init(&smem.key_empty, 8);
+  ptx::barrier_init(&smem.dk_empty, 1);
+  ptx::barrier_init(&smem.dk_full, 8);
+  ptx::barrier_init(&smem.dv_full, 8);
   for (int i = 0; i < 2; ++i) {
     ptx::barrier_init(&smem.query_full[i], 1);
     ptx::barrier_init(&smem.dout_full[i], 1);

@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<S::kProducerRegisters>();
     if (ptx::uniform(threadIdx.x / 32) == 0) load<S>(maps, p, w, order, smem);
+    if (ptx::uniform(threadIdx.x / 32) == 3) zero_dq<S>(p, w);
     if (S::kDeterministic && (threadIdx.x == 32 || threadIdx.x == 64))
       keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {

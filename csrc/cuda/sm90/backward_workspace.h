@@ -2,8 +2,10 @@
 // allocates it as [b, g, workspace_floats(n)].
 //
 //   dq          [b, h, tiles, pieces, 8, 128] float4: 64 x 64 pieces in accumulator order
-//   turns       [b, h, tiles, pieces] int32: how many blocks have added to a piece (deterministic)
-//   claimed     int32 (of four): key tiles taken, beyond one for each block
+//   turns       [b, h, tiles, pieces] int32: 1 when a piece is zeroed, and how many blocks have
+//               added to it (deterministic)
+//   claimed     int32 (two of four): key tiles taken, beyond one for each block; tiles of dq taken
+//               to be zeroed, in twos
 //   key_range   [b] int4: INT32_MAX - first, and end, of the keys that any row sees
 //   row_tiles   [b, key tiles] int2: INT32_MAX - first, and end, of the row tiles that see any key
 //   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta
