@@ -19,7 +19,9 @@ __device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint6
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_full[s], ring.parity());
     if (smem.step[s].row == kNoMoreSteps) return;
-    ptx::barrier_wait(&empty[s], ring.parity() ^ 1);
+    // Not by a warp without a part in this step: others may have made its flags, and consumers have
+    // read them, before this warp comes here, and then the parity is that of the next use.
+    if (part < kParts) ptx::barrier_wait(&empty[s], ring.parity() ^ 1);
 #pragma unroll 1
     for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
