@@ -82,13 +82,15 @@ template <class T, int kRows, int kWidth>
 __global__ void __launch_bounds__(128)
     finish_backward_kernel(const BackwardParams p, const BackwardWorkspace w, const int tiles) {
   constexpr int kPieces = kRows / 64 * kWidth / 64;
-  const int piece = blockIdx.x % kPieces;
-  const int64_t tile_of_all = blockIdx.x / kPieces;
+  // Last tiles first: some of them are still in L2.
+  const unsigned index = gridDim.x - 1 - blockIdx.x;
+  const int piece = index % kPieces;
+  const int64_t tile_of_all = index / kPieces;
   const int tile = static_cast<int>(tile_of_all % tiles), thread = threadIdx.x, lane = thread % 32;
   const int64_t bh = tile_of_all / tiles, heads = p.n.g * p.n.r, b = bh / heads, h = bh % heads;
   const int row_piece = kRows == 64 ? 0 : piece, column_piece = kRows == 64 ? piece : 0;
   const float scale = static_cast<float>(p.scale);
-  const auto* from = reinterpret_cast<const float4*>(w.dq) + int64_t(blockIdx.x) * 8 * 128 + thread;
+  const auto* from = reinterpret_cast<const float4*>(w.dq) + int64_t(index) * 8 * 128 + thread;
   uint32_t x[2][2][4];  // [row or row + 8][four groups of eight columns]: two columns each
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
