@@ -117,6 +117,7 @@ inline void score_gradients(const BackwardBuffers<M>& t, const Rows& rows, const
     for (int64_t j = begin; j < end; j += M::kDepth) {
       Vec<Acc> p[M::kDepth] = {}, ds[M::kDepth] = {};
       for (int h = 0; h < M::kDepth && j + h < end; ++h) one(j + h, &p[h], &ds[h]);
+#pragma GCC unroll 2
       for (int h = 0; h < M::kDepth; ++h) {
         store_narrow(t.p + (j + h) * kRows + at, p[h]);
         store_narrow(t.ds + (j + h) * kRows + at, ds[h]);

@@ -33,8 +33,8 @@ inline void load_statistics(const BackwardParams& p, const Rows& rows, int64_t b
 
 // Probability p and dS with respect to the score behind the softcap.
 template <class M, class V>
-inline V featured_gradient(const LaneFeatures<M>& lanes, V score, V dprob, V lse, V delta,
-                           int64_t j, V* p, V* steepness) {
+[[gnu::always_inline]] inline V featured_gradient(const LaneFeatures<M>& lanes, V score, V dprob,
+                                                  V lse, V delta, int64_t j, V* p, V* steepness) {
   *p = exp2<M::kExpTerms>(lanes.score(score, j, steepness) - lse);
   return *p * (lanes.kept_and_scaled(dprob, j) - delta);
 }

@@ -10,6 +10,7 @@
 // that only some rows see is taken row by row.
 #include "cpu/cached_products.h"
 #include "cpu/features.h"
+#include "cpu/passes.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -310,16 +311,7 @@ void cached_typed(const CachedParams& p, Executor& executor) {
 }  // namespace
 
 void cached(const CachedParams& p, Executor& executor) {
-  switch (p.dtype) {
-    case DType::kF16:
-      return cached_typed<f16>(p, executor);
-    case DType::kBF16:
-      return cached_typed<bf16>(p, executor);
-    case DType::kF32:
-      return cached_typed<float>(p, executor);
-    case DType::kF64:
-      return cached_typed<double>(p, executor);
-  }
+  with_element(p.dtype, [&](auto element) { return cached_typed<decltype(element)>(p, executor); });
 }
 
 }  // namespace jax_flashattn::cpu::FLASH_ISA

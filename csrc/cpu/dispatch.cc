@@ -24,6 +24,12 @@ FLASH_DECLARE(avx512_bf16)
 
 namespace {
 
+// AVX512-BF16 has kernels for bfloat16 alone; the others would be those of AVX-512.
+template <auto kBf16, auto kOther, class Params>
+void by_element(const Params& p, Executor& executor) {
+  (p.dtype == DType::kBF16 ? kBf16 : kOther)(p, executor);
+}
+
 struct Candidate {
   Kernels kernels;
   bool supported;
@@ -38,8 +44,10 @@ Kernels pick() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
-      {{"avx512_bf16", avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::tangent,
-        avx512_bf16::cached},
+      {{"avx512_bf16", by_element<avx512_bf16::forward, avx512::forward>,
+        by_element<avx512_bf16::backward, avx512::backward>,
+        by_element<avx512_bf16::tangent, avx512::tangent>,
+        by_element<avx512_bf16::cached, avx512::cached>},
        has_avx512 && __builtin_cpu_supports("avx512bf16")},
       {{"avx512", avx512::forward, avx512::backward, avx512::tangent, avx512::cached}, has_avx512},
       {{"avx2", avx2::forward, avx2::backward, avx2::tangent, avx2::cached}, has_avx2},

@@ -6,22 +6,31 @@
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
 
+// Calls run(an element).
+template <class Run>
+inline void with_element(DType dtype, const Run& run) {
+  if constexpr (kOnlyBf16) {
+    run(bf16{});
+  } else {
+    switch (dtype) {
+      case DType::kF16:
+        return run(f16{});
+      case DType::kBF16:
+        return run(bf16{});
+      case DType::kF32:
+        return run(float{});
+      case DType::kF64:
+        return run(double{});
+    }
+  }
+}
+
 // Calls run(an element, whether featured): a pass has an instance for each.
 template <class Params, class Run>
 inline void with_instance(const Params& p, const Run& run) {
-  const auto of = [&](auto element) {
+  with_element(p.dtype, [&](auto element) {
     return plain_features(p) ? run(element, std::false_type{}) : run(element, std::true_type{});
-  };
-  switch (p.dtype) {
-    case DType::kF16:
-      return of(f16{});
-    case DType::kBF16:
-      return of(bf16{});
-    case DType::kF32:
-      return of(float{});
-    case DType::kF64:
-      return of(double{});
-  }
+  });
 }
 
 // Calls kGroup(p, map, b, g, first tile, tiles) for all rows of all key heads, in tasks that keep

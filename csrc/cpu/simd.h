@@ -240,6 +240,9 @@ inline void round_to(float x, f16* out) {
 inline void round_to(float x, float* out) { *out = x; }
 inline void round_to(double x, double* out) { *out = x; }
 
+// The 16-bit elements of one vector of floats.
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
 // kLanes consecutive elements as accumulator-type vectors.
 inline Vec<float> load_wide(const float* p) { return load(p); }
 inline Vec<double> load_wide(const double* p) { return load(p); }
@@ -251,9 +254,9 @@ inline Vec<float> load_wide(const bf16* p) {
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
                                        16);
 #else
-  Vec<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
-  return v;
+  HalfWords bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 #endif
 }
 inline Vec<float> load_wide(const f16* p) {
@@ -277,10 +280,13 @@ inline void store_narrow(float* p, Vec<double> v) {
 inline void store_narrow(bf16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(p, &rounded, sizeof rounded);
 #else
-  for (int i = 0; i < kLanes<float>; ++i) round_to(v[i], p + i);
+  const Vec<uint32_t> bits = (Vec<uint32_t>)v;  // as round_to
+  const Vec<uint32_t> nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const HalfWords rounded =
+      __builtin_convertvector(v == v ? nearest : (bits >> 16) | 0x40, HalfWords);
 #endif
+  __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 inline void store_narrow(f16* p, Vec<float> v) {
 #if defined(__AVX512F__)
@@ -336,6 +342,13 @@ struct PlainMath {
 };
 using F32Math = PlainMath<float, 6>;
 using F64Math = PlainMath<double, 12>;
+
+// Whether a set has kernels for bfloat16 alone: what differs from AVX-512 (see dispatch.cc).
+#if defined(__AVX512BF16__)
+constexpr bool kOnlyBf16 = true;
+#else
+constexpr bool kOnlyBf16 = false;
+#endif
 
 #if defined(__AVX512BF16__)
 struct Bf16Math {

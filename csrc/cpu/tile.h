@@ -353,12 +353,21 @@ inline bool all_finite(const T* p, int64_t count) {
   return sum == 0;
 }
 inline bool all_finite(const bf16* p, int64_t count) {
-  uint16_t largest = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const uint16_t bits = p[k] & 0x7fffu;
-    largest = bits > largest ? bits : largest;
+  constexpr int L = kLanes<int16_t>;
+  constexpr int16_t kMagnitude = 0x7fff;
+  Vec<int16_t> lanes{};
+  int64_t k = 0;
+  for (; k + L <= count; k += L) {
+    Vec<int16_t> bits;
+    __builtin_memcpy(&bits, p + k, sizeof bits);
+    bits &= kMagnitude;
+    lanes = bits > lanes ? bits : lanes;
   }
-  return largest < 0x7f80u;
+  int largest = 0;
+  const auto add = [&](int bits) { largest = bits > largest ? bits : largest; };
+  for (int l = 0; l < L; ++l) add(lanes[l]);
+  for (; k < count; ++k) add(p[k] & kMagnitude);
+  return largest < 0x7f80;
 }
 
 // An answer that is found when it is first asked for.

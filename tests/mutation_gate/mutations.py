@@ -134,7 +134,7 @@ _TILES = (
              "all.min_hi - j0", "all.max_hi - j0", FORWARD),
     Mutation("float tiles always finite", "S13", TILE, "return sum == 0;", "return true;", EDGES),
     Mutation("bf16 infinity is finite", "S13", TILE,
-             "largest < 0x7f80u", "largest <= 0x7f80u", EDGES),
+             "largest < 0x7f80;", "largest <= 0x7f80;", EDGES),
     Mutation("tail of a packed row left as it was", "S8", TILE,
              "  for (; c < padded; ++c) dst[c] = T(0);\n", "", KNOWN_BUGS),
     Mutation("second row of a pair dropped", "S8", TILE,
