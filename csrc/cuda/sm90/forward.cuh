@@ -3,8 +3,8 @@
 // Block: one producer warpgroup and kGroups consumer warpgroups of 64 query rows. A tile is kRows
 // query rows of one head; its visible keys come in blocks of kKeys. Of the producers, a warp for
 // each 64 rows computes the limits of the tile's rows (scout) and one keeps the copy engine busy
-// (load); both run a tile ahead. Consumers overlap the softmax of one block with the products
-// of its neighbours.
+// (load); both run a tile ahead, the scouts more where tiles are short. Consumers overlap the
+// softmax of one block with the products of its neighbours.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by consumers):
 //   info_full/info_empty     TileInfo and row limits, by the scout; emptied when the tile is done
@@ -72,7 +72,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const int thread = threadIdx.x % 128;
   const bool leader = thread == 0;
   const float scale_ln = scale.exponent * 0.6931471805599453f;
-  Ring<kTiles> place;
+  Ring<S::kTiles> place;
   Ring<S::kQueries> query;
   Ring<S::kStages> key, value;
   Rows<S> rows;
@@ -344,8 +344,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const auto write = [&](int i, int group) {
     normalise_output<S>(rows, factor);
     if constexpr (S::kStaged) {
-      stage_output<S>(maps, rows, p.n.dv, smem.info[i].at, group, smem.query[i], 1 + warpgroup);
-      owed = i;
+      owed = i % S::kQueries;
+      stage_output<S>(maps, rows, p.n.dv, smem.info[i].at, group, smem.query[owed], 1 + warpgroup);
     } else {
       store_output<S>(p, rows, smem.info[i].at, group);
     }
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       ptx::barrier_init(&smem.query_full[i], 1);
       ptx::barrier_init(&smem.query_empty[i], S::kStaged ? S::kGroups : 4 * S::kGroups);
     }
-    for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < S::kTiles; ++i) {
       ptx::barrier_init(&smem.info_full[i], 1);
       ptx::barrier_init(&smem.info_empty[i], 4 * (S::kGroups + S::kDropout) + 1);
     }

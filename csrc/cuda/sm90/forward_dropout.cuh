@@ -12,7 +12,7 @@ __device__ void make_flags(const ForwardParams& p, ForwardSmem<S>& smem) {
   static_assert(S::kGroups == 2 && S::kKeys % 64 == 0);
   const int warpgroup = threadIdx.x % 128 / 64, row = threadIdx.x % 64;
   const bool leader = row % 32 == 0;
-  Ring<kTiles> tile;
+  Ring<S::kTiles> tile;
   Ring<kFlagStages> ring;
   for (;; tile.next()) {
     const int at = tile.index();

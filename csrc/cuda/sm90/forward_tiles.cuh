@@ -8,8 +8,6 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
-constexpr int kTiles = 2;  // known to a block at once: the one worked on and the next
-
 template <class Element, int kHeadDim, int kRowGroups, int kKeyBlock, int kQueryBuffers,
           int kKeyStages, Extent kExtent>
 struct ForwardShape {
@@ -26,9 +24,12 @@ struct ForwardShape {
   static constexpr int kKeys = kKeyBlock;
   static constexpr int kQueries = kQueryBuffers;
   static constexpr int kStages = kKeyStages;
+  // Tiles known to a block at once: the one worked on and the next; with three groups two more,
+  // while tiles have at most kShort blocks and are done before the next one's limits are there.
+  static constexpr int kTiles = kGroups == 3 ? 4 : 2, kShort = 2;
   // Output leaves through its tile's query buffer, or, where there is only one of those, straight
   // from registers, so that the next queries can come.
-  static constexpr bool kStaged = kQueries == kTiles;
+  static constexpr bool kStaged = kQueries == 2;
   static constexpr int kFlagWords = kKeys / 32;  // dropout's flags of a row in a block
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
@@ -91,9 +92,9 @@ struct ForwardSmem : ForwardExtra<S> {
   alignas(1024) typename S::T query[S::kQueries][S::kRows * S::kWidth];
   alignas(1024) typename S::T key[S::kStages][S::kKeys * S::kWidth];
   alignas(1024) typename S::T value[S::kStages][S::kKeys * S::kWidth];
-  TileInfo info[kTiles];
-  TileRows<S> rows[kTiles];
-  uint64_t info_full[kTiles], info_empty[kTiles];
+  TileInfo info[S::kTiles];
+  TileRows<S> rows[S::kTiles];
+  uint64_t info_full[S::kTiles], info_empty[S::kTiles];
   uint64_t query_full[S::kQueries], query_empty[S::kQueries];
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
@@ -254,12 +255,17 @@ __device__ void scout(const ForwardParams& p, TileOrder order, const ScoreScale&
                       ForwardSmem<S>& smem, int group) {
   constexpr int kBarrier = 1 + S::kGroups, kThreads = 32 * S::kGroups;  // of the scouts
   const bool leader = group == 0 && threadIdx.x % 32 == 0;
-  for (Ring<kTiles> next;; next.next()) {
+  bool ahead = false;  // since the last tile is short
+  for (Ring<S::kTiles> next;; next.next()) {
     const int i = next.index();
     TileInfo& info = smem.info[i];
     ptx::barrier_wait(&smem.info_empty[i], next.parity() ^ 1);
     if (leader) {
-      // Claimed no earlier, for the balance at the end.
+      // Claimed no earlier than needed, for the balance at the end.
+      if (S::kTiles > 2 && !ahead && next.uses >= 2) {
+        const unsigned done = next.uses - 2;  // the tile before the last
+        ptx::barrier_wait(&smem.info_empty[done % S::kTiles], done / S::kTiles & 1);
+      }
       const int tile = next.uses == 0 ? blockIdx.x : gridDim.x + atomicAdd(order.taken, 1);
       info.blocks = tile < order.count() ? 0 : kNoMoreTiles;
       info.at = order.place(tile, S::kRows);
@@ -290,6 +296,7 @@ __device__ void scout(const ForwardParams& p, TileOrder order, const ScoreScale&
         info.first_key = first;
         info.end_key = end;
         info.blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
+        ahead = info.blocks <= S::kShort;
       }
       ptx::barrier_arrive(&smem.info_full[i]);
     }
@@ -314,7 +321,7 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
   };
   // Queries of the next tile are asked for as soon as their buffer is free: at short lengths most
   // of the traffic is queries, and waits for memory.
-  const auto try_queries = [&](const Ring<kTiles>& tile) {
+  const auto try_queries = [&](const Ring<S::kTiles>& tile) {
     if (!__all_sync(0xffffffffu, ptx::barrier_test(&smem.info_full[tile.index()], tile.parity())))
       return false;
     const TileInfo& info = smem.info[tile.index()];
@@ -326,7 +333,7 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
     return true;
   };
   bool queried = false;  // for this tile
-  for (Ring<kTiles> tile;;) {
+  for (Ring<S::kTiles> tile;;) {
     ptx::barrier_wait(&smem.info_full[tile.index()], tile.parity());
     const TileInfo& info = smem.info[tile.index()];
     const int blocks = ptx::uniform(info.blocks), first = ptx::uniform(info.first_key),
