@@ -1,7 +1,8 @@
 """A copy of the project in which facts can be wrong: builds the CPU extension there and runs tests.
 
 The extension is compiled directly, at -O1 and for this machine's best instruction set alone, which
-takes seconds. The other sets are stubs that are never picked.
+takes seconds. The other sets are stubs that are never picked. AVX512-BF16 comes with AVX-512, to
+which it leaves all elements but bfloat16.
 """
 
 import concurrent.futures
@@ -71,6 +72,7 @@ class Sandbox:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.isa = folder, instruction_set()
+        self.built = {self.isa} | ({"avx512"} if self.isa == "avx512_bf16" else set())
         for name in ("csrc", "jax_flashattn", "tests"):
             ignored = shutil.ignore_patterns("*.so", "__pycache__", "mutation_gate")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -84,7 +86,7 @@ class Sandbox:
             raise SystemExit(f"the extension of the copy does not load:\n{found.stderr[-2000:]}")
 
     def _write_stubs(self) -> None:
-        names = [isa for isa in ISAS if isa != self.isa]
+        names = [isa for isa in ISAS if isa not in self.built]
         lines = [
             f"namespace {isa} {{ void {f}(const {f.title()}Params&, Executor&) "
             "{ __builtin_trap(); } }"
@@ -104,7 +106,7 @@ class Sandbox:
             "-ffp-contract=fast",
             "-fno-math-errno",
         ]
-        flags += [f"-DFLASH_ISA={self.isa}", "-I", sysconfig.get_paths()["include"]]
+        flags += ["-I", sysconfig.get_paths()["include"]]
         flags += ["-I", str(_package("pybind11") / "include")]
         flags += ["-I", str(_package("jaxlib") / "include")]
 
@@ -114,18 +116,24 @@ class Sandbox:
             )
             return done.stderr if done.returncode else ""
 
-        def one(source) -> str:
-            return run("c++", *flags, "-c", f"csrc/{source}", "-o", self._object(source))
+        def one(unit) -> str:
+            source, isa = unit
+            own = [f"-DFLASH_ISA={isa}", *(["-mno-avx512bf16"] if isa != self.isa else [])]
+            return run("c++", *flags, *own, "-c", f"csrc/{source}", "-o", self._object(*unit))
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            errors = "".join(pool.map(one, sources))
-        objects = [self._object(s) for s in (*KERNELS, *BINDINGS, "stubs.cc")]
+            errors = "".join(pool.map(one, self._units(sources)))
+        objects = [self._object(*u) for u in self._units((*KERNELS, *BINDINGS, "stubs.cc"))]
         library = "jax_flashattn/_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
         return errors or run("c++", "-shared", *objects, "-o", library)
 
+    def _units(self, sources) -> list[tuple[str, str]]:
+        """Sources with the sets they are compiled for."""
+        return [(s, isa) for s in sources for isa in (self.built if s in KERNELS else {self.isa})]
+
     @staticmethod
-    def _object(source: str) -> str:
-        return source.replace("/", "_") + ".o"
+    def _object(source: str, isa: str) -> str:
+        return f"{source.replace('/', '_')}_{isa}.o"
 
     def verdict(self, file: str, old: str, new: str, stages) -> Verdict:
         """What the tests say of the project with `old` replaced by `new` in `file`.
