@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_dropout.cuh"
+#include "cuda/sm90/backward_load.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -64,9 +65,6 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
     add_piece<S>(w, tile * 2 + group, t.dq, smem, group, turns);
   };
-  const auto tile_of = [&](const Step& step) {
-    return int64_t(step.head) * tiles + step.row / S::kRows;
-  };
 
   Step step = wait_for_step<S>(smem, ring, group);
   while (step.row != kNoMoreSteps) {
@@ -85,7 +83,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
     key_columns = ptx::operand(smem.key[place] + (kSplitColumns ? group * S::kKeys * kChunk : 0));
 
     issue_scores();
-    int64_t tile = tile_of(step), previous = 0;
+    int64_t tile = row_tile<S>(step, tiles), previous = 0;
     Step next;
     for (;; ++turn) {
       const int s = ring.index();
@@ -186,7 +184,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       if (lane == 0) ptx::barrier_arrive(&smem.query_empty[s]);
       step = next;
       previous = tile;
-      tile = tile_of(step);
+      tile = row_tile<S>(step, tiles);
     }
     if (turn > first) finish_dq(turn - 1, previous);
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);

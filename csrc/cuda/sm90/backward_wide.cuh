@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_dropout.cuh"
+#include "cuda/sm90/backward_load.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -72,9 +73,6 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
   const auto release_dscore = [&](int turn) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
   };
-  const auto tile_of = [&](const Step& step) {
-    return int64_t(step.head) * tiles + step.row / S::kRows;
-  };
 
   Step step = wait_for_step<S>(smem, ring, kGroup);
   while (step.row != kNoMoreSteps) {
@@ -90,7 +88,7 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
     keys = ptx::operand(kScores ? smem.key[place] : smem.value[place]);
 
     // Tiles of this step and the two before it.
-    int64_t tile = tile_of(step), previous = 0, last = 0;
+    int64_t tile = row_tile<S>(step, tiles), previous = 0, last = 0;
     Step next;
     issue_products();
     ptx::wgmma_commit();  // in place of a second piece of dQ
@@ -184,7 +182,7 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
       step = next;
       last = previous;
       previous = tile;
-      tile = tile_of(step);
+      tile = row_tile<S>(step, tiles);
     }
     // What is left: the second piece of the previous step, and all of the last one.
     const auto finish_piece = [&](int turn, int64_t tile, int chunk) {
