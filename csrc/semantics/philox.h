@@ -19,20 +19,29 @@ struct MultiplyWords {
   }
 };
 
-// Encrypts the counter x with the key in ten rounds. Word is uint32_t or a vector of them.
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;  // of the key
+constexpr int kPhiloxRounds = 10;
+
+// Encrypts the counter x with the key. Word is uint32_t or a vector of them.
+template <class Word, class Multiply>
+FLASH_FN void philox_round(Word (&x)[4], const Word& key0, const Word& key1,
+                           const Multiply& multiply) {
+  Word high0, low0, high1, low1;
+  multiply(x[0], kPhiloxFactor0, &high0, &low0);
+  multiply(x[2], kPhiloxFactor1, &high1, &low1);
+  x[0] = high1 ^ x[1] ^ key0;
+  x[1] = low1;
+  x[2] = high0 ^ x[3] ^ key1;
+  x[3] = low0;
+}
 template <class Word, class Multiply>
 FLASH_FN void philox(Word (&x)[4], Word key0, Word key1, const Multiply& multiply) {
   FLASH_UNROLL(2)
-  for (int round = 0; round < 10; ++round) {
-    Word high0, low0, high1, low1;
-    multiply(x[0], 0xD2511F53u, &high0, &low0);
-    multiply(x[2], 0xCD9E8D57u, &high1, &low1);
-    x[0] = high1 ^ x[1] ^ key0;
-    x[1] = low1;
-    x[2] = high0 ^ x[3] ^ key1;
-    x[3] = low0;
-    key0 = key0 + 0x9E3779B9u;
-    key1 = key1 + 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(x, key0, key1, multiply);
+    key0 = key0 + kPhiloxStep0;
+    key1 = key1 + kPhiloxStep1;
   }
 }
 

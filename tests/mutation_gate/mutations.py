@@ -86,7 +86,7 @@ _SEMANTICS = (
              "f.keep_threshold == 0 ? 0.0 : ", "", FEATURES),
     Mutation("sinks do not count as a feature", "S15", PARAMS, "!f.sinks && ", "", FEATURES),
     Mutation("ALiBi does not count as a feature", "S9", PARAMS, "!f.slopes && ", "", FEATURES),
-    Mutation("nine rounds of Philox", "S12", PHILOX, "round < 10;", "round < 9;"),
+    Mutation("nine rounds of Philox", "S12", PHILOX, "kPhiloxRounds = 10;", "kPhiloxRounds = 9;"),
     Mutation("another round constant", "S12", PHILOX, "0xBB67AE85u", "0xBB67AE86u"),
     Mutation("another multiplier", "S12", PHILOX, "0xCD9E8D57u", "0xCD9E8D58u"),
     Mutation("both calls of a word are the same", "S12", PHILOX,

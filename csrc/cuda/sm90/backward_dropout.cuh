@@ -15,22 +15,23 @@ __device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint6
   constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
-  for (int part = threadIdx.x / 32 - (4 - S::kFlagWarps);; ring.next()) {
+  for (int part = ptx::uniform(threadIdx.x / 32) - (4 - S::kFlagWarps);; ring.next()) {
     const int s = ring.index();
     ptx::barrier_wait(&smem.query_full[s], ring.parity());
-    if (smem.step[s].row == kNoMoreSteps) return;
+    if (ptx::uniform(smem.step[s].row) == kNoMoreSteps) return;
+    const int first_key = ptx::uniform(smem.step[s].at.key);
     // Not by a warp without a part in this step: others may have made its flags, and consumers have
     // read them, before this warp comes here, and then the parity is that of the next use.
     if (part < kParts) ptx::barrier_wait(&empty[s], ring.parity() ^ 1);
 #pragma unroll 1
     for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
-      DroppedRow dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row],
-                         p.features.keep_threshold);
+      DroppedRow<2> dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row],
+                            p.features.keep_threshold);
 #pragma unroll 1
       for (int n = 0; n < kWords; ++n) {
         uint32_t word[1];
-        dropped.words(smem.step[s].at.key + 32 * n, word);
+        dropped.words(first_key + 32 * n, word);
         store(s, n, row, word[0]);
       }
       __syncwarp();

@@ -41,17 +41,52 @@ __device__ __forceinline__ uint4 dropout_stream(const Features& f, int64_t head)
   return *reinterpret_cast<const uint4*>(f.dropout + head * 4);
 }
 
-// The calls of a row: counter(i) is the second word of call i's.
-template <int kCount, class Counter>
-__device__ __forceinline__ void draw_calls(Lanes<kCount> (&x)[4], const uint4& stream,
-                                           uint32_t position, const Counter& counter) {
-  const auto same = [](uint32_t y) { return each<kCount>([&](int) { return y; }); };
-  x[0] = same(position);
-  x[1] = each<kCount>(counter);
-  x[2] = same(stream.z);
-  x[3] = same(stream.w);
-  philox(x, same(stream.x), same(stream.y), MultiplyLanes{});
-}
+// The Philox calls of a row, which differ in the counter's second word. Of the first three rounds'
+// six products four have nothing of it: they are made once. Rounds beyond kRoundsAtOnce are not
+// unrolled: ptxas keeps the keys of all that are, and where registers are few it spills them.
+template <int kRoundsAtOnce>
+class RowCalls {
+ public:
+  __device__ RowCalls(const uint4& stream, uint32_t position) : key0_(stream.x), key1_(stream.y) {
+    const MultiplyWords multiply;
+    uint32_t high0, low0, high1, low1, high2, low2, high3;
+    multiply(position, kPhiloxFactor0, &high0, &low0);
+    multiply(stream.z, kPhiloxFactor1, &high1, &low1);
+    multiply(high0 ^ stream.w ^ key1(0), kPhiloxFactor1, &high2, &low2);
+    multiply(high2 ^ low1 ^ key0(1), kPhiloxFactor0, &high3, &third3_);
+    first_ = high1 ^ key0(0);
+    second_ = low0 ^ key1(1);
+    third0_ = low2 ^ key0(2);
+    third2_ = high3 ^ key1(2);
+  }
+
+  // counter(i) is the second word of call i's.
+  template <int kCount, class Counter>
+  __device__ __forceinline__ void draw(Lanes<kCount> (&x)[4], const Counter& counter) const {
+    const auto same = [](uint32_t y) { return each<kCount>([&](int) { return y; }); };
+    const MultiplyLanes multiply;
+    Lanes<kCount> high, low;
+    multiply(same(first_) ^ each<kCount>(counter), kPhiloxFactor0, &high, &low);
+    multiply(high ^ same(second_), kPhiloxFactor1, &x[0], &x[1]);
+    x[0] = x[0] ^ same(third0_);
+    x[2] = low ^ same(third2_);
+    x[3] = same(third3_);
+    Lanes<kCount> round_key0 = same(key0(3)), round_key1 = same(key1(3));
+#pragma unroll kRoundsAtOnce
+    for (int round = 3; round < kPhiloxRounds; ++round) {
+      philox_round(x, round_key0, round_key1, multiply);
+      round_key0 = round_key0 + kPhiloxStep0;
+      round_key1 = round_key1 + kPhiloxStep1;
+    }
+  }
+
+ private:
+  __device__ uint32_t key0(int round) const { return key0_ + round * kPhiloxStep0; }
+  __device__ uint32_t key1(int round) const { return key1_ + round * kPhiloxStep1; }
+  uint32_t key0_, key1_;
+  // What these products give to x[0] after round 1, to x[2] after round 2, to x after round 3.
+  uint32_t first_, second_, third0_, third2_, third3_;
+};
 
 // Two calls' fold, the second first: they hold the bits of `threshold` from `shift` on.
 template <int kCount>
@@ -67,10 +102,11 @@ __device__ __forceinline__ uint32_t fold_pair(uint32_t dropped, const Lanes<kCou
 }
 
 // Flags of a row, word after word. What the low byte says is kept as long as it serves.
+template <int kRoundsAtOnce>
 class DroppedRow {
  public:
   __device__ DroppedRow(const uint4& stream, int position, uint32_t threshold)
-      : stream_(stream), position_(static_cast<uint32_t>(position)), threshold_(threshold) {}
+      : calls_(stream, static_cast<uint32_t>(position)), threshold_(threshold) {}
 
   // Of columns j on, a multiple of 32 * kWords that is the same for the whole warp.
   template <int kWords>
@@ -78,19 +114,18 @@ class DroppedRow {
     if (__any_sync(0xffffffffu, j / kDropoutShared != group_)) {
       group_ = j / kDropoutShared;
       Lanes<2> x[4];
-      draw_calls(x, stream_, position_, [&](int i) { return shared_counter(j, i); });
+      calls_.draw(x, [&](int i) { return shared_counter(j, i); });
       low_ = fold_pair(0xffffffffu, x, 0, threshold_, 0);
     }
     Lanes<2 * kWords> x[4];
-    draw_calls(x, stream_, position_,
-               [&](int i) { return own_counter(j + i / 2 * kDropoutWord, i % 2); });
+    calls_.draw(x, [&](int i) { return own_counter(j + i / 2 * kDropoutWord, i % 2); });
 #pragma unroll
     for (int w = 0; w < kWords; ++w) to[w] = fold_pair(low_, x, 2 * w, threshold_, 8);
   }
 
  private:
-  uint4 stream_;
-  uint32_t position_, threshold_, group_ = ~0u, low_;
+  RowCalls<kRoundsAtOnce> calls_;
+  uint32_t threshold_, group_ = ~0u, low_;
 };
 
 // All ones for what is dropped of two neighbouring scores: flags `first` + 8 * byte of word a and

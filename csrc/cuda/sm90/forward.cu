@@ -13,7 +13,7 @@ struct Tuned;
 template <class T, Extent kExtent>
 struct Tuned<T, 64, kExtent> : ForwardShape<T, 64, 2, 128, 2, 4, kExtent> {};
 template <class T>
-struct Tuned<T, 64, Extent::kPlain> : ForwardShape<T, 64, 3, 128, 2, 4, Extent::kPlain> {};
+struct Tuned<T, 64, Extent::kPlain> : ForwardShape<T, 64, 3, 128, 3, 4, Extent::kPlain> {};
 template <class T, Extent kExtent>
 struct Tuned<T, 96, kExtent> : ForwardShape<T, 96, 2, 128, 2, 2, kExtent> {};
 template <class T, Extent kExtent>

@@ -105,6 +105,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     value.next();
   };
   const auto skip = [&](int count) {
+#pragma unroll 1
     for (int n = 0; n < count; ++n) {
       ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
       release_key();
@@ -129,7 +130,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     tile.full_from = info.max_lo[group];
     tile.full_to = info.min_hi[group] - S::kKeys;
     tile.end_key = info.end_key;
+    // ptxas must see that lanes leave the loops between these together: otherwise it brings them
+    // together again in every turn, with a YIELD and per-lane counters.
     block_range<S>(info, group, &tile.begin, &tile.end);
+    tile.begin = ptx::uniform(tile.begin);
+    tile.end = ptx::uniform(tile.end);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows.largest[h] = -INFINITY;
@@ -341,10 +346,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
 
   float factor[2];
-  const auto write = [&](int i, int group) {
+  // Output of the tile at `i`, whose queries were in `buffer`.
+  const auto write = [&](int i, int group, int buffer) {
     normalise_output<S>(rows, factor);
     if constexpr (S::kStaged) {
-      owed = i % S::kQueries;
+      owed = buffer;
       stage_output<S>(maps, rows, p.n.dv, smem.info[i].at, group, smem.query[owed], 1 + warpgroup);
     } else {
       store_output<S>(p, rows, smem.info[i].at, group);
@@ -355,8 +361,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   bool more = find_tile(take_tile());
   while (more) {
     first_scores();
-    int done, group;  // of the tile whose output is to be written
-    bool taken;       // the tile behind it
+    int done, group, buffer;  // of the tile whose output is to be written
+    bool taken;               // the tile behind it
     for (;;) {
       prepare(tile.begin);
       ptx::wgmma_wait<0>();
@@ -364,6 +370,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       work();
       done = place.index();
       group = tile.group;
+      buffer = query.index();
       finish_rows<S>(p, rows, smem.rows[done], smem.info[done].at, group, scale_ln, factor);
       const int unseen = smem.info[done].blocks - tile.end;
       next_tile();
@@ -376,9 +383,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       if (!early || !more || tile.begin >= tile.end) break;
       // The next tile's first scores come before this one's output.
       first_scores();
-      write(done, group);
+      write(done, group, buffer);
     }
-    write(done, group);
+    write(done, group, buffer);
     if (!taken) more = take_tile();
     more = find_tile(more);
   }

@@ -29,7 +29,7 @@ struct ForwardShape {
   static constexpr int kTiles = kGroups == 3 ? 4 : 2, kShort = 2;
   // Output leaves through its tile's query buffer, or, where there is only one of those, straight
   // from registers, so that the next queries can come.
-  static constexpr bool kStaged = kQueries == 2;
+  static constexpr bool kStaged = kQueries >= 2;
   static constexpr int kFlagWords = kKeys / 32;  // dropout's flags of a row in a block
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row

@@ -13,10 +13,10 @@ constexpr bool registers_fit(int warpgroups, int registers) {
   return registers <= warpgroups * (65536 / (128 * warpgroups) / 8 * 8);
 }
 
-// A position in a ring of buffers: which one, and the parity of its barriers.
+// A position in a ring of buffers: which one, and the parity of its barriers. Good for 2^32 uses,
+// and for any number where kCount is a power of two.
 template <int kCount>
 struct Ring {
-  static_assert((kCount & (kCount - 1)) == 0, "one counter serves both");
   unsigned uses = 0;
   __device__ int index() const { return uses % kCount; }
   __device__ int parity() const { return uses / kCount % 2; }
