@@ -208,6 +208,46 @@ def test_a_thousand_steps_are_bitwise_equal(d, loaded, platform):
     assert copies
 
 
+# Scores in natural units by key, for rows of which half see them negated.
+GROWTH = {
+    "rising": lambda j: 0.2 * j,
+    "steps of nearly the limit": lambda j: 5.5 * (j // 128),
+    "spike": lambda j: np.where(j == 700, 90.0, 0.0),
+    "first keys": lambda j: np.where(j < 100, 60.0, 0.0),
+    "beyond float32": lambda j: 300.0 * (j // 200),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_outgrow_the_first_block(dtype, d, growth, causal, platform):
+    """The forward keeps a block's maximum as the reference while sums of exponentials stay small,
+    and does not look for others: a spike, or NaN, must send it back to look."""
+    s, h = 1100, 2
+    rng = np.random.default_rng(d)
+    q, k, v = (rng.standard_normal((1, s, h, d)) for _ in range(3))
+    q *= 0.5
+    q[..., 0] = np.where(np.arange(s) % 2, 1, -1)[:, None] * d**0.5
+    k[..., 0] = GROWTH[growth](np.arange(s))[:, None]
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    out, lse = jax.jit(lambda *x: flash_attention(*x, causal=causal, return_lse=True))(
+        *put(platform, q, k, v)
+    )
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * d**-0.5
+    if causal:
+        scores[..., np.triu(np.ones((s, s), bool), 1)] = -np.inf
+    largest = scores.max(-1, keepdims=True)
+    p = np.exp(scores - largest)
+    total = p.sum(-1, keepdims=True)
+    want = np.einsum("bhqk,bkhd->bqhd", p / total, v)
+    want_lse = (largest + np.log(total))[..., 0]
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=2e-2 * np.abs(want).max())
+
+
 POISONED = (
     VARIANTS[4].replace(poison="tail"),
     BASE.replace(layout="lengths", lengths_q=(1, 200), lengths_k=(3, 127), poison="tail"),

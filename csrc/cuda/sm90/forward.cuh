@@ -3,8 +3,9 @@
 // Block: one producer warpgroup and kGroups consumer warpgroups of 64 query rows. A tile is kRows
 // query rows of one head; its visible keys come in blocks of kKeys. Of the producers, a warp for
 // each 64 rows computes the limits of the tile's rows (scout) and one keeps the copy engine busy
-// (load); both run a tile ahead, the scouts more where tiles are short. Consumers overlap the
-// softmax of one block with the products of its neighbours.
+// (load); both run a tile ahead, the scouts more where tiles are short. Two consumer
+// warpgroups overlap the softmax of one block with the products of its neighbours; three leave that
+// to each other.
 //
 // Barriers (mbarriers, one per stage; "full" by the copy engine, "empty" by consumers):
 //   info_full/info_empty     TileInfo and row limits, by the scout; emptied when the tile is done
@@ -216,6 +217,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
   // merge both, and the product in flight would read the next block's numbers.
   Probabilities<S> probability, rounded;
+  [[maybe_unused]] Probabilities<S>& early = S::kSerial ? probability : rounded;
   [[maybe_unused]] Ring<kFlagStages> flags;
   const auto take_flags = [&] {
     if constexpr (S::kDropout) {
@@ -239,7 +241,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 #pragma unroll
         for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ scale.zero;
       }
-    } else {
+    } else if constexpr (!S::kSerial) {
       take_flags();
       round_probabilities<S>(rows, probability);
     }
@@ -284,6 +286,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     special = __any_sync(0xffffffffu, rare);
   };
   float correction[2];
+  // kQuick: all rows have a reference, and the last search for maxima left it as it was.
+  [[maybe_unused]] bool steady = false;
   const auto exponentials = [&](int block) {
     if (!S::kStaged && block == tile.end - 1) release_query();
     if constexpr (S::kCapped) {
@@ -310,35 +314,49 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
         apply_mask<S>(rows, limits, tile.group, first);
     }
+    if constexpr (S::kQuick) {
+      if (steady && quick_softmax<S>(rows, scale.exponent, early)) {
+        rows.moved = false;
+        ptx::pin(early);
+        return;
+      }
+    }
     softmax<S>(rows, scale.exponent, correction);
-    if constexpr (S::kRoundsEarly) {
+    if constexpr (S::kQuick)
+      steady = (block == tile.begin || !rows.moved) &&
+               __all_sync(0xffffffffu, fminf(rows.largest[0], rows.largest[1]) > -INFINITY);
+    if constexpr (S::kRoundsEarly || S::kSerial) {
       take_flags();
-      round_probabilities<S>(rows, rounded);
-      ptx::pin(rounded);
+      round_probabilities<S>(rows, early);
+      ptx::pin(early);
     }
   };
   // From the scores of a tile's first block to the issue of its last product.
   const auto work = [&] {
     ask_key();
+    steady = false;
     exponentials(tile.begin);
     if constexpr (S::kStaged) release_query();
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     for (int n = tile.begin + 1; n < tile.end; ++n) {
       const ScoreOperands operands = score_operands(n);  // early, for their latency
-      outputs_done(n > tile.begin + 1);
+      if constexpr (!S::kSerial) outputs_done(n > tile.begin + 1);
       ask_value();
       take_probabilities();
       scores(operands);
       if (rows.moved) scale_output<S>(rows, correction);
       outputs(n - 1);
       prepare(n);
-      ptx::wgmma_wait<1>();
+      if constexpr (S::kSerial)
+        outputs_done(true);
+      else
+        ptx::wgmma_wait<1>();
       scores_done();
       ask_key();
       exponentials(n);
     }
-    outputs_done(tile.end > tile.begin + 1);
+    if constexpr (!S::kSerial) outputs_done(tile.end > tile.begin + 1);
     ask_value();
     take_probabilities();
     if (rows.moved) scale_output<S>(rows, correction);

@@ -169,6 +169,30 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
   for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * correction[h] + sum[h];
 }
 
+// The same without looking for the maximum: exponentials of the reference so far, in the element
+// type. Sums that are too large (or NaN) tell that it no longer serves. Then this returns false,
+// with scores as they were.
+template <class S>
+__device__ __forceinline__ bool quick_softmax(Rows<S>& rows, float scale, Probabilities<S>& to) {
+  const float reference[2] = {rows.largest[0] * scale, rows.largest[1] * scale};
+  float sum[2] = {0, 0};
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = ptx::exp2_approx(rows.score[8 * k + 2 * i] * scale - reference[i % 2]);
+      const float y = ptx::exp2_approx(rows.score[8 * k + 2 * i + 1] * scale - reference[i % 2]);
+      sum[i % 2] += x;
+      sum[i % 2] += y;
+      to[k][i] = ptx::pack(x, y, typename S::T());
+    }
+  }
+  if (!__all_sync(0xffffffffu, sum[0] <= 256 && sum[1] <= 256)) return false;
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  return true;
+}
+
 // What dropout keeps is scaled with the output.
 template <class S>
 __device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabilities<S>& to) {

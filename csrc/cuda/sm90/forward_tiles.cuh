@@ -37,8 +37,13 @@ struct ForwardShape {
   static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
   static constexpr int kFlagRegisters = kDropout ? 56 : 0;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kDropout ? 216 : 232;
-  // There are registers for it.
-  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;
+  // A warpgroup's exponentials come when its products are done: three hide each other's, and
+  // registers for the next block's probabilities beside this one's are not there.
+  static constexpr bool kSerial = kGroups == 3;
+  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;  // where there are
+  // Blocks are not all searched for their maximum. That needs their scores until they are rounded;
+  // beside a softcap or ALiBi it is slower.
+  static constexpr bool kQuick = kExtent == Extent::kPlain && (kRoundsEarly || kSerial);
   static_assert(registers_fit(kThreads / 128,
                               kProducerRegisters + kFlagRegisters + kGroups * kConsumerRegisters));
 };
