@@ -276,6 +276,9 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
       to.reach(j0, j0 + reached);
       if (rows[x].limits.max_hi <= next)
         want_rows(static_cast<const Storage*>(p.dq), rows[x], n, b, g, n.d, &ahead);
+      else if constexpr (kFeatured)
+        want_bias<Storage>(p.features.bias, rows[x], b, g, next,
+                           min64(kTileKeys, rows[x].limits.max_hi - next), &ahead);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, to, rows[x], features[x], b, g, j0,
                                    reached, keys_are_finite, ahead);
     }

@@ -65,7 +65,6 @@ inline void pack_bias_of(const TileFeatures<Acc>& t, const Bias& bias, Acc facto
       for (int l = 0; l < L; ++l) {
         const int64_t head = rows.head[l0 + l];
         const auto* row = data + head * bias.r + rows.i[l0 + l] * bias.i + (t.j0 + j) * bias.j;
-        __builtin_prefetch(row + kTileKeys * bias.j);  // the next tile's: each row is far away
         square[l] = head < 0 ? Vec<Acc>{} : load_bias<Acc>(row, bias.j, t.count - j);
       }
       transpose<Acc>(square);
@@ -73,6 +72,19 @@ inline void pack_bias_of(const TileFeatures<Acc>& t, const Bias& bias, Acc facto
         store(to + (j + u) * kRows + l0, square[u] * factor);
     }
   }
+}
+
+// Asks for the part of a bias that rows of one head need of keys [j0, j0 + count).
+template <class Storage>
+inline void want_bias(const Bias& bias, const Rows& rows, int64_t b, int64_t g, int64_t j0,
+                      int64_t count, Ahead* ahead) {
+  if (!bias.data || bias.j != 1 || count <= 0) return;
+  if (rows.count == 0 || rows.head[0] != rows.head[rows.count - 1]) return;
+  const int64_t bytes = bias.dtype == DType::kF32 ? 4 : sizeof(Storage);
+  const int64_t first =
+      b * bias.b + g * bias.g + rows.head[0] * bias.r + rows.i[0] * bias.i + j0 * bias.j;
+  ahead->want(static_cast<const char*>(bias.data) + first * bytes, bias.i ? rows.count : 1,
+              count * bytes, bias.i * bytes);
 }
 
 // The tile's part of a bias or its tangent, transposed, times a factor, to [kTileKeys][kRows].

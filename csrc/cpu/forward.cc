@@ -255,6 +255,9 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
       begin(x);
       if (rows[x].limits.max_hi <= next)
         want_rows(static_cast<const Storage*>(p.out), rows[x], n, b, g, n.dv, &ahead);
+      else if constexpr (kFeatured)
+        want_bias<Storage>(p.features.bias, rows[x], b, g, next,
+                           min64(kTileKeys, rows[x].limits.max_hi - next), &ahead);
       add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
                                    min64(count, rows[x].limits.max_hi - j0), values_are_finite,
                                    ahead);

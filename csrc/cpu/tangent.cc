@@ -264,11 +264,17 @@ void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t
       want_keys(static_cast<const Storage*>(key), n, b, g, next, wanted, n.d, &ahead);
     for (const void* value : {p.v, p.dv})
       want_keys(static_cast<const Storage*>(value), n, b, g, next, wanted, n.dv, &ahead);
-    for (int64_t x = 0; x < tiles; ++x)
-      if (classify(rows[x].limits, j0, j0 + count) != TileClass::kSkip)
-        add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
-                                     min64(count, rows[x].limits.max_hi - j0), values_are_finite,
-                                     ahead);
+    for (int64_t x = 0; x < tiles; ++x) {
+      if (classify(rows[x].limits, j0, j0 + count) == TileClass::kSkip) continue;
+      if constexpr (kFeatured) {
+        for (const Bias& bias : {p.features.bias, p.dbias})
+          want_bias<Storage>(bias, rows[x], b, g, next,
+                             min64(kTileKeys, rows[x].limits.max_hi - next), &ahead);
+      }
+      add_tile<Storage, kFeatured>(buffers.of_tile(x), p, rows[x], features[x], b, g, j0,
+                                   min64(count, rows[x].limits.max_hi - j0), values_are_finite,
+                                   ahead);
+    }
   }
   for (int64_t x = 0; x < tiles; ++x) write_rows<M, Storage>(buffers.of_tile(x), p, rows[x], b, g);
 }
