@@ -23,7 +23,7 @@ constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;  // of the key
 constexpr int kPhiloxRounds = 10;
 
-// Encrypts the counter x with the key. Word is uint32_t or a vector of them.
+// One round. Word is uint32_t or a vector of them.
 template <class Word, class Multiply>
 FLASH_FN void philox_round(Word (&x)[4], const Word& key0, const Word& key1,
                            const Multiply& multiply) {
@@ -35,6 +35,7 @@ FLASH_FN void philox_round(Word (&x)[4], const Word& key0, const Word& key1,
   x[2] = high0 ^ x[3] ^ key1;
   x[3] = low0;
 }
+// Encrypts the counter x with the key.
 template <class Word, class Multiply>
 FLASH_FN void philox(Word (&x)[4], Word key0, Word key1, const Multiply& multiply) {
   FLASH_UNROLL(2)
