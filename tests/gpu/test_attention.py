@@ -224,7 +224,7 @@ GROWTH = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_that_outgrow_the_first_block(dtype, d, growth, causal, platform):
     """The forward keeps a block's maximum as the reference while sums of exponentials stay small,
-    and does not look for others: a spike, or NaN, must send it back to look."""
+    and does not look for others: scores that outgrow it must send it back to look."""
     s, h = 1100, 2
     rng = np.random.default_rng(d)
     q, k, v = (rng.standard_normal((1, s, h, d)) for _ in range(3))

@@ -215,9 +215,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   // Registers that a product reads may not be written while it is in flight, so exponentials are
   // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
-  // merge both, and the product in flight would read the next block's numbers.
+  // merge both, and the product in flight would read the next block's numbers. kSerial: none is.
   Probabilities<S> probability, rounded;
-  [[maybe_unused]] Probabilities<S>& early = S::kSerial ? probability : rounded;
+  [[maybe_unused]] Probabilities<S>& newest = S::kSerial ? probability : rounded;
   [[maybe_unused]] Ring<kFlagStages> flags;
   const auto take_flags = [&] {
     if constexpr (S::kDropout) {
@@ -259,8 +259,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     ptx::wgmma_fence();
     issue_output<S>(rows.out, probability, values);
   };
-  // The wait for a product stands at the top of the next turn: within one stretch of code ptxas
-  // moves it in front of the softmax, and with it the overlap away.
+  // The wait for a product stands at the top of the next turn, unless kSerial: within one stretch
+  // of code ptxas moves it in front of the softmax, and with it the overlap away.
   const auto outputs_done = [&](bool issued) {
     ptx::wgmma_wait<0>();
     ptx::pin(rows.out);
@@ -315,9 +315,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
         apply_mask<S>(rows, limits, tile.group, first);
     }
     if constexpr (S::kQuick) {
-      if (steady && quick_softmax<S>(rows, scale.exponent, early)) {
+      if (steady && quick_softmax<S>(rows, scale.exponent, newest)) {
         rows.moved = false;
-        ptx::pin(early);
+        ptx::pin(newest);
         return;
       }
     }
@@ -327,8 +327,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
                __all_sync(0xffffffffu, fminf(rows.largest[0], rows.largest[1]) > -INFINITY);
     if constexpr (S::kRoundsEarly || S::kSerial) {
       take_flags();
-      round_probabilities<S>(rows, early);
-      ptx::pin(early);
+      round_probabilities<S>(rows, newest);
+      ptx::pin(newest);
     }
   };
   // From the scores of a tile's first block to the issue of its last product.

@@ -114,6 +114,9 @@ __device__ __forceinline__ void subtract_distances(Rows<S>& rows, const int (&po
     apply([](float x, float y) { return x + y; });
 }
 
+// Exponentials of up to 2^8 do no harm, and their reference need not follow the maximum.
+constexpr float kMostBits = 8, kMostSum = 256;
+
 // Online softmax: scores become exponentials; returns the factors for earlier sums and outputs.
 // Both rows go through each stage together, so that one's latency hides behind the other's work.
 template <class S>
@@ -145,9 +148,8 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
   bool moved = false;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    // A maximum that has grown by little stays the reference: exponentials up to 2^8 do no harm,
-    // and O need not be rescaled.
-    const bool stays = (largest[h] - rows.largest[h]) * scale <= 8.0f;
+    // A maximum that has grown by little stays the reference, and O need not be rescaled.
+    const bool stays = (largest[h] - rows.largest[h]) * scale <= kMostBits;
     moved |= !stays;
     largest[h] = stays ? rows.largest[h] : largest[h];
     reference[h] = largest[h] == -INFINITY ? 0.0f : largest[h] * scale;
@@ -187,7 +189,7 @@ __device__ __forceinline__ bool quick_softmax(Rows<S>& rows, float scale, Probab
       to[k][i] = ptx::pack(x, y, typename S::T());
     }
   }
-  if (!__all_sync(0xffffffffu, sum[0] <= 256 && sum[1] <= 256)) return false;
+  if (!__all_sync(0xffffffffu, sum[0] <= kMostSum && sum[1] <= kMostSum)) return false;
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
   return true;

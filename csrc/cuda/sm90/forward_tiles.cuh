@@ -37,8 +37,8 @@ struct ForwardShape {
   static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
   static constexpr int kFlagRegisters = kDropout ? 56 : 0;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kDropout ? 216 : 232;
-  // A warpgroup's exponentials come when its products are done: three hide each other's, and
-  // registers for the next block's probabilities beside this one's are not there.
+  // A warpgroup's exponentials wait for its products. Three hide each other's, and have no
+  // registers for the probabilities of two blocks.
   static constexpr bool kSerial = kGroups == 3;
   static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;  // where there are
   // Blocks are not all searched for their maximum. That needs their scores until they are rounded;
