@@ -83,8 +83,8 @@ cuda_object(append csrc/cuda/append.cu SPILLS 0
 # block.
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
 set(HEAD_DIMS 64 96 128 192 256)
-set(SPILLS_forward 16 16 16 192 32)
-set(SPILLS_backward 384 160 176 208 224)
+set(SPILLS_forward 32 32 64 192 32)
+set(SPILLS_backward 448 160 176 208 240)
 foreach(d spills_forward spills_backward IN ZIP_LISTS HEAD_DIMS SPILLS_forward SPILLS_backward)
   foreach(pass forward backward)
     cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${spills_${pass}}

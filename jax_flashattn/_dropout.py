@@ -78,12 +78,16 @@ def keep_mask(streams: Array, position: Array, key_coordinate: Array, threshold:
     n = lambda value: np.uint32(value)  # noqa: E731
     i = position.astype(jnp.uint32)[:, None, :, None]
     j = key_coordinate.astype(jnp.uint32)[:, None, None, :]
-    own, shared = j // n(32) * n(2), n(1 << 31) + j // n(1024) * n(2)
-    calls = jnp.stack([own, own + n(1), shared, shared + n(1)])
+    shared = n(1 << 31) + j // n(1024) * n(2)
+    calls = jnp.stack([j // n(128), shared, shared + n(1)])
     key0, key1, batch, head = (streams[..., w][..., None, None] for w in range(4))
     words = philox((i, calls, batch, head), (key0, key1))
-    zero = jnp.uint32(0)
-    bits = (word >> j % n(32) & n(1) for word in words)
-    halves = sum((bit << n(3 - w) for w, bit in enumerate(bits)), zero)  # of bytes
-    number = sum((half << n(12 - 4 * call) for call, half in enumerate(halves)), zero)
+    own, *both = ([word[call] for word in words] for call in range(3))
+    own = sum((jnp.where(j // n(32) % n(4) == n(w), x, n(0)) for w, x in enumerate(own)), n(0))
+    both = [*both[0], *both[1]]
+    bit = lambda word, on: word >> (j + n(on)) % n(32) & n(1)  # noqa: E731
+    bits = [bit(own, 0)]
+    bits += [bit(both[w], 0) ^ bit(own, 4 * w + 4) for w in range(7)]
+    bits += [bit(word, 2) for word in both]
+    number = sum((x << n(15 - w) for w, x in enumerate(bits)), jnp.uint32(0))
     return jnp.less(number, n(threshold))

@@ -120,23 +120,32 @@ struct RowCalls {
 template <class Acc>
 inline void draw_keep(const TileFeatures<Acc>& t, int rows) {
   constexpr int L = kLanes<uint32_t>;
-  const uint32_t threshold = t.f.keep_threshold;
+  const KeepBits keep(t.f.keep_threshold);
+  if (!keep.some) return fill(t.keep, t.count, ~uint64_t(0));
   fill(t.keep, t.count, uint64_t(0));
   for (int l0 = 0; l0 < rows; l0 += L) {
     const RowCalls calls{t.rows.counter + l0,
                          {t.rows.stream[0] + l0, t.rows.stream[1] + l0, t.rows.stream[2] + l0,
                           t.rows.stream[3] + l0}};
-    Vec<uint32_t> low, dropped;  // of the columns last drawn
-    uint64_t shared = ~uint64_t(0), own = ~uint64_t(0);
+    Vec<uint32_t> own[4], dropped;  // of the columns last drawn
+    SharedBits<Vec<uint32_t>> shared;
+    uint64_t shared_at = ~uint64_t(0), own_at = ~uint64_t(0), word_at = ~uint64_t(0);
     for (int64_t j = 0; j < t.count; ++j) {
       const auto column = static_cast<uint32_t>(t.keys.at(t.j0 + j));
-      if (shared != column / kDropoutShared) {
-        shared = column / kDropoutShared;
-        low = dropped_low<Vec<uint32_t>>(calls, column, threshold);
-      }
-      if (own != column / kDropoutWord) {
-        own = column / kDropoutWord;
-        dropped = dropped_word<Vec<uint32_t>>(calls, column, threshold, low);
+      if (word_at != column / kDropoutWord) {
+        word_at = column / kDropoutWord;
+        if (shared_at != column / kDropoutShared) {
+          shared_at = column / kDropoutShared;
+          Vec<uint32_t> first[4], second[4];
+          calls(shared_counter(column, 0), first);
+          calls(shared_counter(column, 1), second);
+          take_shared(first, second, keep, &shared);
+        }
+        if (own_at != column / kDropoutOwn) {
+          own_at = column / kDropoutOwn;
+          calls(own_counter(column), own);
+        }
+        dropped = dropped_word(own[word_at % 4], shared, keep);
       }
       const Vec<uint32_t> flag = ~dropped << (31 - column % kDropoutWord);
       const uint64_t kept = lane_signs((Vec<int32_t>)flag);

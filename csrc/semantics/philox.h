@@ -46,50 +46,67 @@ FLASH_FN void philox(Word (&x)[4], Word key0, Word key1, const Multiply& multipl
   }
 }
 
-// Scores {i} x {32 c .. 32 c + 31} share a word of flags. Bit j % 32 of the words of two calls of
-// their own is the high byte of score (i, j)'s number, of two calls that {i} x {1024 n .. 1024 n +
-// 1023} share the low byte; the first call's first word is the highest bit. A score is dropped iff
-// its number is at least the threshold. Counters are (i, one of these, batch, head).
-constexpr uint32_t kDropoutWord = 32, kDropoutShared = 1024;
-FLASH_FN uint32_t own_counter(uint32_t j, int call) { return j / kDropoutWord * 2 + call; }
+// A score has a number of 16 bits and is dropped iff that is at least the threshold. Words hold a
+// bit each of the numbers of {i} x {32 c .. 32 c + 31}. The highest is a word of a call that {i} x
+// {128 m .. 128 m + 127} have for themselves. The next seven are those of two calls that {i} x
+// {1024 n .. 1024 n + 1023} share, each mixed with the own bit of another column; the low byte is
+// what the shared calls say of another column. Counters are (i, one of these, batch, head).
+constexpr uint32_t kDropoutWord = 32, kDropoutOwn = 128, kDropoutShared = 1024;
+constexpr int kMixedBits = 7, kLowBits = 8;
+FLASH_FN uint32_t own_counter(uint32_t j) { return j / kDropoutOwn; }
 FLASH_FN uint32_t shared_counter(uint32_t j, int call) {
   return 0x80000000u + j / kDropoutShared * 2 + call;
 }
 
-// Which of the scores of a word are dropped, from what the bits below say, a call's words, and the
-// threshold's four bits of that call.
+// A keep threshold, of 65536, as words: all ones or all zeros for each bit, the lowest first.
+constexpr uint32_t kKeepAll = 65536;
+struct KeepBits {
+  uint32_t bit[16];
+  bool some;  // are dropped
+  FLASH_MEMBER explicit KeepBits(uint32_t threshold) : some(threshold < kKeepAll) {
+    for (int n = 0; n < 16; ++n) bit[n] = 0u - (threshold >> n & 1);
+  }
+};
+
+// Which scores of a word are dropped, from what lower bits say, a bit of their numbers, and the
+// threshold's.
 template <class Word>
-FLASH_FN Word fold_call(Word dropped, const Word (&x)[4], uint32_t bits) {
-  FLASH_UNROLL(4)
-  for (int w = 3; w >= 0; --w) {
-    const Word either = dropped | x[w], both = dropped & x[w];
-    const int32_t all = static_cast<int32_t>(bits << (28 + w)) >> 31;  // the bit, 32 times
-    dropped = both | (either & (Word{} + static_cast<uint32_t>(~all)));
-  }
-  return dropped;
+FLASH_FN Word fold_bit(Word dropped, Word x, uint32_t threshold) {
+  return (dropped & x) | ((dropped | x) & (Word{} + ~threshold));
+}
+// The bits of the columns `count` further on.
+template <class Word>
+FLASH_FN Word columns_on(Word x, int count) {
+  return x >> count | x << (32 - count);
 }
 
-constexpr uint32_t kKeepAll = 65536;  // keep thresholds count in 1/65536
-
-// The flags of 32 scores. draw(counter, x) makes a call; `low` are those of the low byte alone.
-template <class Word, class Draw>
-FLASH_FN Word dropped_low(const Draw& draw, uint32_t j, uint32_t threshold) {
-  Word x[4], low = Word{} + 0xffffffffu;
-  for (int call = 1; call >= 0; --call) {
-    draw(shared_counter(j, call), x);
-    low = fold_call(low, x, threshold >> (4 - 4 * call));
+// What a row's calls say of 1024 columns.
+template <class Word>
+struct SharedBits {
+  Word mixed[kMixedBits],
+      low;  // low: which would be dropped if all higher bits were the threshold's
+};
+template <class Word>
+FLASH_FN void take_shared(const Word (&first)[4], const Word (&second)[4], const KeepBits& keep,
+                          SharedBits<Word>* to) {
+  to->low = Word{} + 0xffffffffu;
+  FLASH_UNROLL(8)
+  for (int n = 0; n < kLowBits; ++n) {
+    const Word& x = n < 4 ? second[3 - n] : first[7 - n];
+    to->low = fold_bit(to->low, columns_on(x, 2), keep.bit[n]);
   }
-  return low;
+  FLASH_UNROLL(7)
+  for (int n = 0; n < kMixedBits; ++n) to->mixed[n] = n < 4 ? first[n] : second[n - 4];
 }
-template <class Word, class Draw>
-FLASH_FN Word dropped_word(const Draw& draw, uint32_t j, uint32_t threshold, Word low) {
-  if (threshold >= kKeepAll) return Word{};
-  Word x[4];
-  for (int call = 1; call >= 0; --call) {
-    draw(own_counter(j, call), x);
-    low = fold_call(low, x, threshold >> (12 - 4 * call));
-  }
-  return low;
+
+// The flags of 32 scores from their word of a call of their own.
+template <class Word>
+FLASH_FN Word dropped_word(const Word& own, const SharedBits<Word>& shared, const KeepBits& keep) {
+  Word dropped = shared.low;
+  FLASH_UNROLL(7)
+  for (int n = kMixedBits - 1; n >= 0; --n)
+    dropped = fold_bit(dropped, shared.mixed[n] ^ columns_on(own, 4 * n + 4), keep.bit[14 - n]);
+  return fold_bit(dropped, own, keep.bit[15]);
 }
 
 // Whether score (i, j) stays. `stream`: the two key words, batch index and head index.
@@ -101,8 +118,15 @@ FLASH_FN bool keep_score(const uint32_t* stream, uint32_t i, uint32_t j, uint32_
     x[3] = stream[3];
     philox(x, stream[0], stream[1], MultiplyWords{});
   };
-  const uint32_t low = dropped_low<uint32_t>(draw, j, threshold);
-  return !(dropped_word(draw, j, threshold, low) >> j % kDropoutWord & 1);
+  const KeepBits keep(threshold);
+  if (!keep.some) return true;
+  uint32_t own[4], first[4], second[4];
+  draw(own_counter(j), own);
+  draw(shared_counter(j, 0), first);
+  draw(shared_counter(j, 1), second);
+  SharedBits<uint32_t> shared;
+  take_shared(first, second, keep, &shared);
+  return !(dropped_word(own[j / kDropoutWord % 4], shared, keep) >> j % kDropoutWord & 1);
 }
 
 }  // namespace jax_flashattn

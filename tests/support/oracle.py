@@ -154,16 +154,25 @@ def keep(key: np.ndarray, arrays: dict, sizes: tuple[int, int, int]) -> np.ndarr
     """S12, written out: the kept scores [b, hq, sq, sk] of a call's positions and threshold."""
     b, hq, sk = sizes
     i = (arrays["position"] % 2**32)[:, None, :, None, None]
-    first = np.arange(0, sk, 32)  # key of each word
-    own, shared = first // 32 * 2, 2**31 + first // 1024 * 2
-    calls = np.stack([own, own + 1, shared, shared + 1], -1)
+    j = np.arange(sk)
+    column, shared = j % 32, 2**31 + j // 1024 * 2
+    calls = np.stack([j // 128, shared, shared + 1], -1)
     batch, head = np.arange(b)[:, None, None, None, None], np.arange(hq)[:, None, None, None]
     parts = np.broadcast_arrays(i, calls, batch, head)
     words = philox(np.stack(parts, -1), np.broadcast_to(key, (*parts[0].shape, 2)))
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
-    worth = 1 << np.arange(15, -1, -1).reshape(4, 4, 1)  # of the bits of calls and words
-    number = (bits * worth).sum((-3, -2)).reshape(b, hq, i.shape[2], 32 * first.size)
-    return number[..., :sk] < arrays["threshold"]
+    own = np.take_along_axis(
+        words[..., 0, :], np.broadcast_to((j // 32 % 4)[:, None], (*words.shape[:-2], 1)), -1
+    )
+    common = words[..., 1:, :].reshape(*words.shape[:-2], 8)
+
+    def bits(x, on):  # of the column that many further on, round a word
+        return x >> ((column + on) % 32).astype(np.uint32)[:, None] & np.uint32(1)
+
+    mixed = [bits(common[..., n : n + 1], 0) ^ bits(own, 4 * n + 4) for n in range(7)]
+    number = np.concatenate([bits(own, 0), *mixed, bits(common, 2)], -1) @ (
+        1 << np.arange(16)[::-1]
+    )
+    return number < arrays["threshold"]
 
 
 def rounder(dtype):

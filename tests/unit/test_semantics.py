@@ -210,7 +210,7 @@ def test_dropout_masks_of_any_coordinates(probe):
 
 
 def test_dropout_keeps_the_rate_and_neighbours_do_not_follow_each_other(probe):
-    """S12: over two million scores, also of pairs that share their low byte or a call.
+    """S12: over two million scores, also of pairs and triples that share bits or a call.
 
     Deviations are those of independent draws, within five standard deviations; what the shared byte
     adds to the covariance, at most 2^-18, is far below.
@@ -231,9 +231,13 @@ def test_dropout_keeps_the_rate_and_neighbours_do_not_follow_each_other(probe):
         assert abs(centred.mean()) < 5 * spread / np.sqrt(keep.size)
         if not 0.01 < p < 0.99:
             continue  # too few for pairs
-        for down, right in ((0, 1), (0, 32), (0, 64), (0, 512), (0, 1024), (1, 0), (8, 0), (1, 32)):
+        columns = (1, 2, 4, 8, 28, 30, 32, 36, 64, 128, 512, 1024)
+        for down, right in (*((0, j) for j in columns), (1, 0), (8, 0), (1, 32)):
             a, b = centred[: rows - down, : keys - right], centred[down:, right:]
             assert abs((a * b).mean()) < 5 * spread**2 / np.sqrt(a.size), (threshold, down, right)
+        for near, far in ((32, 64), (128, 256), (4, 32), (4, 132), (2, 32), (28, 128)):
+            a, b, c = centred[:, : keys - far], centred[:, near : near - far], centred[:, far:]
+            assert abs((a * b * c).mean()) < 5 * spread**3 / np.sqrt(a.size), (threshold, near, far)
 
 
 def test_coordinates(probe):

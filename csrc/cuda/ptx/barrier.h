@@ -52,6 +52,27 @@ static __device__ __forceinline__ bool barrier_test(uint64_t* barrier, int parit
   return over;
 }
 
+// Waits until a word of shared memory is 0, but for no more than so many looks at it.
+static __device__ __forceinline__ void wait_while_set(const int* word, int looks) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 value, left;\n"
+      "mov.b32 left, %1;\n"
+      "again:\n"
+      "ld.volatile.shared.b32 value, [%0];\n"
+      "setp.eq.s32 p, value, 0;\n"
+      "@p bra finished;\n"
+      "sub.s32 left, left, 1;\n"
+      "setp.ne.s32 p, left, 0;\n"
+      "@p bra again;\n"
+      "finished:\n}\n" ::"r"(shared_address(word)),
+      "r"(looks)
+      : "memory");
+}
+static __device__ __forceinline__ void set_word(int* word, int value) {
+  asm volatile("st.volatile.shared.b32 [%0], %1;" ::"r"(shared_address(word)), "r"(value)
+               : "memory");
+}
+
 // One lane of a converged warp. ptxas issues copies under it without a loop over lanes.
 static __device__ __forceinline__ bool elect() {
   int elected;

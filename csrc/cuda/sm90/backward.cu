@@ -78,7 +78,8 @@ std::string launch(const BackwardParams& p, const Device& device, cudaStream_t s
   const int blocks =
       static_cast<int>(claims < device.multiprocessors ? claims : device.multiprocessors);
   error = launch_kernel("sm90 backward", Kernel<S>::kFunction, blocks, S::kThreads, kBytes, device,
-                        stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap));
+                        stream, maps, p, w, order, ScoreShape(p.scale, p.features.softcap),
+                        KeepBits(p.features.keep_threshold));
   if (!error.empty()) return error;
   return launch_kernel("sm90 backward finish", finish_backward_kernel<T, S::kRows, S::kWidth>,
                        static_cast<int>(pieces), 128, 0, device, stream, p, w, tiles);

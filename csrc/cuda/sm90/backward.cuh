@@ -30,7 +30,9 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
                         const ScoreShape& shape, NarrowSmem<S>& smem, int group) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
+  const float kept_factor = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
+  const float dk_factor =
+      static_cast<float>(p.scale) * (S::kDropout ? gradient_scale(p.features) : 1.0f);
   const int key_of_tile = 64 * group + thread / 32 * 16 + lane / 4;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   static_assert(S::kPieces == 2 && S::kKeys == 128);
@@ -125,12 +127,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       ptx::wgmma_wait<0>();
       ptx::pin(t.dprobability);
       const auto probability = [&](int i) { return t.score[i]; };
-      score_gradients(
-          t.dprobability, probability,
-          [&](int i, float x) { return !S::kDropout ? x
-                                       : kept(i)    ? x * rescale
-                                                    : 0.0f; },
-          smem.statistics[s][1], step.partial);
+      score_gradients<S>(t.dprobability, probability, kept, smem.statistics[s][1], step.partial);
       if constexpr (kKeepsSteepness) {
         if (shape.cap != 0) {
 #pragma unroll
@@ -198,8 +195,8 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       round_fragment<T>(gradient, packed);
       store_fragment<S::kKeys>(to, 64 * group, packed);
     };
-    const auto hand_on_dk = [&](T* to) { hand_on(t.dk, static_cast<float>(p.scale), to); };
-    const auto hand_on_dv = [&] { hand_on(t.dv, rescale, smem.value[place]); };
+    const auto hand_on_dk = [&](T* to) { hand_on(t.dk, dk_factor, to); };
+    const auto hand_on_dv = [&] { hand_on(t.dv, kept_factor, smem.value[place]); };
     const auto arrive = [&](uint64_t* full) {
       ptx::proxy_fence();
       __syncwarp();
@@ -235,7 +232,8 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
-                    const BackwardWorkspace w, const KeyTileOrder order, const ScoreShape shape) {
+                    const BackwardWorkspace w, const KeyTileOrder order, const ScoreShape shape,
+                    const KeepBits keep) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<NarrowSmem<S>*>(raw);
   if (threadIdx.x == 0) {
@@ -252,7 +250,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
       if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
-        make_flags<S>(p, smem, smem.flags_empty,
+        make_flags<S>(keep, smem, smem.flags_empty,
                       [&](int s, int n, int row, uint32_t x) { smem.flags[s][n][row] = x; });
     }
   } else {

@@ -6,13 +6,26 @@
 
 namespace jax_flashattn::cuda::sm90 {
 
+// A 32 x 32 matrix of bits, of which each lane holds a row: each lane gets a column.
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    constexpr uint32_t kLow[] = {0, 0x55555555u, 0x33333333u, 0, 0x0f0f0f0fu};
+    const uint32_t low = step == 16 ? 0xffffu : step == 8 ? 0x00ff00ffu : kLow[step];
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, x, step);
+    x = lane & step ? (x & ~low) | (other >> step & low) : (x & low) | (other << step & ~low);
+  }
+  return x;
+}
+
 // By the last kFlagWarps of the producer warps, which take turns: a lane makes the flags of a row.
-// Buffers are used in turn as `empty` says; store(buffer, n, row, flags) puts those of the n-th 32
-// keys of a tile away.
+// Buffers are used in turn as `empty` says; store(buffer, n, i, flags) puts those of 32 rows away,
+// of key i % 32 of the n-th 32 keys and rows from i / 32 * 32 on of a tile.
 template <class S, class Store>
-__device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint64_t* empty,
+__device__ void make_flags(const KeepBits& keep, BackwardSmem<S>& smem, uint64_t* empty,
                            const Store& store) {
-  constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
+  constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32, kAtOnce = kWords;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
   for (int part = ptx::uniform(threadIdx.x / 32) - (4 - S::kFlagWarps);; ring.next()) {
@@ -26,13 +39,13 @@ __device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint6
 #pragma unroll 1
     for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
-      DroppedRow<2> dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row],
-                            p.features.keep_threshold);
+      DroppedRow<2> dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row]);
 #pragma unroll 1
-      for (int n = 0; n < kWords; ++n) {
-        uint32_t word[1];
-        dropped.words(first_key + 32 * n, word);
-        store(s, n, row, word[0]);
+      for (int n = 0; n < kWords; n += kAtOnce) {
+        uint32_t words[kAtOnce];
+        dropped.words(first_key + 32 * n, keep, words);
+#pragma unroll
+        for (int w = 0; w < kAtOnce; ++w) store(s, n + w, row, transpose_bits(words[w]));
       }
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(&smem.flags_full[s]);
@@ -44,8 +57,7 @@ __device__ void make_flags(const BackwardParams& p, BackwardSmem<S>& smem, uint6
 }
 
 // Which of a fragment's probabilities stay, from the flags of 32 keys, of which `key` is the
-// thread's first: bit n of the halves of a word is for row n or n + 8 of the thread's 16 rows in 64
-// with that key, bit n + 8 with the other.
+// thread's first. The thread has two of every eight rows: of each byte of a word two bits.
 template <int kCount>
 __device__ __forceinline__ void read_flags(uint32_t (&keep)[kCount], const uint32_t* flags,
                                            int key) {
@@ -53,11 +65,9 @@ __device__ __forceinline__ void read_flags(uint32_t (&keep)[kCount], const uint3
   for (int k = 0; k < kCount; ++k) {
     uint32_t dropped = 0;
 #pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      const uint2 words =
-          *reinterpret_cast<const uint2*>(flags + 64 * k + 8 * m + threadIdx.x % 4 * 2);
-      dropped |= (words.x >> key & 0x101) << (m / 4 * 16 + m % 4 * 2);
-      dropped |= (words.y >> key & 0x101) << (m / 4 * 16 + m % 4 * 2 + 1);
+    for (int n = 0; n < 4; ++n) {  // rows, keys
+      const uint32_t word = flags[64 * k + 32 * (n / 2) + key + n % 2 * 8];
+      dropped |= (word >> threadIdx.x % 4 * 2 & 0x03030303u) << 2 * n;
     }
     keep[k] = ~dropped;
   }
@@ -65,8 +75,8 @@ __device__ __forceinline__ void read_flags(uint32_t (&keep)[kCount], const uint3
 // Whether element i of the fragment does.
 template <int kCount>
 __device__ __forceinline__ bool stays(const uint32_t (&keep)[kCount], int i) {
-  const int row = i / 4 * 2 + i % 2, second = i / 2 % 2;
-  return keep[row / 16] >> (row % 16 / 8 * 16 + row % 8 + 8 * second) & 1;
+  const int rows = i / 4, second = i / 2 % 2;  // of 64: which eight; the second key
+  return keep[rows / 8] >> (rows % 4 * 8 + rows / 4 % 2 * 4 + second * 2 + i % 2) & 1;
 }
 
 }  // namespace jax_flashattn::cuda::sm90

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const bool mine = thread < kRows;
   const Interval v = mine && row < p.n.sq ? row_interval(p.mask, p.n, b, row) : Interval{0, 0};
   const int heads = static_cast<int>(p.n.g * p.n.r);
+  const float inverse = 1.0f / gradient_scale(p.features);
   for (int h = blockIdx.y; h < heads; h += gridDim.y) {
     const int64_t tile_of_all = (int64_t(b) * heads + h) * tiles + tile;
     constexpr int kPieces = kRows / 64 * kWidth / 64;
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const int64_t at = (int64_t(b) * heads + h) * p.n.sq + row;
     float* to = w.statistics + tile_of_all * 2 * kRows + thread;
     to[0] = empty(v) ? INFINITY : static_cast<const float*>(p.lse)[at] * 1.4426950408889634f;
-    to[kRows] = empty(v) ? 0.0f : static_cast<const float*>(p.delta)[at];
+    to[kRows] = empty(v) ? 0.0f : static_cast<const float*>(p.delta)[at] * inverse;
   }
   if (blockIdx.y != 0) return;
   __shared__ int4 shared[kRows / 32];
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(128)
   const int tile = static_cast<int>(tile_of_all % tiles), thread = threadIdx.x, lane = thread % 32;
   const int64_t bh = tile_of_all / tiles, heads = p.n.g * p.n.r, b = bh / heads, h = bh % heads;
   const int row_piece = kRows == 64 ? 0 : piece, column_piece = kRows == 64 ? piece : 0;
-  const float scale = static_cast<float>(p.scale);
+  const float scale = static_cast<float>(p.scale) * gradient_scale(p.features);
   const auto* from = reinterpret_cast<const float4*>(w.dq) + int64_t(index) * 8 * 128 + thread;
   uint32_t x[2][2][4];  // [row or row + 8][four groups of eight columns]: two columns each
 #pragma unroll

@@ -196,12 +196,11 @@ __device__ __forceinline__ void hide(float (&p)[kCount], int key, const int (*li
   }
 }
 
-// dS^T = P^T (dP^T - delta), in place of dP^T. In a partial tile, where P is 0 the difference may
-// be NaN (S13), so it is left out there. p(i) is P^T's element i, drop(i, dP) what dropout makes of
-// dP.
-template <int kCount, class Probability, class Drop>
+// dS^T = P^T (dP^T - delta), in place of dP^T, where kept(i), else -P^T delta. In a partial tile,
+// where P is 0 the difference may be NaN (S13), so it is left out there. p(i) is P^T's element i.
+template <class S, int kCount, class Probability, class Kept>
 __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Probability& p,
-                                                const Drop& drop, const float* delta,
+                                                const Kept& kept, const float* delta,
                                                 bool partial) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -210,7 +209,13 @@ __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Proba
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& x = dp[4 * j + i];
-      x = p(4 * j + i) * (drop(4 * j + i, x) - (i % 2 ? d.y : d.x));
+      const float y = i % 2 ? d.y : d.x;
+      if constexpr (S::kDropout) {
+        const float rest = p(4 * j + i) * -y;
+        x = kept(4 * j + i) ? p(4 * j + i) * x + rest : rest;
+      } else {
+        x = p(4 * j + i) * (x - y);
+      }
     }
   }
   if (partial) {

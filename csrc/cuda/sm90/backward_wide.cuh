@@ -36,7 +36,9 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
   constexpr int kGroup = kScores ? 0 : 1;
   constexpr bool kTwoPieces = kGroup + 2 < S::kChunks;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const float rescale = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
+  float factor = kScores ? 1.0f : static_cast<float>(p.scale);  // of the gradient
+  if constexpr (S::kDropout)
+    factor *= kScores ? static_cast<float>(kept_scale(p.features)) : gradient_scale(p.features);
   const int key_of_tile = thread / 32 * 16 + lane / 4;
   KeyCoordinates key_coordinate{};
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
@@ -129,12 +131,9 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
         const auto* pairs = reinterpret_cast<const uint32_t*>(probability);
         const auto sent = [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, __half()); };
         const auto sent_size = [&](int i) { return S::kDropout ? fabsf(sent(i)) : sent(i); };
-        score_gradients(
-            x, sent_size,
-            [&](int i, float dp) {
-              return !S::kDropout ? dp : signbit(sent(i)) ? 0.0f : dp * rescale;
-            },
-            smem.statistics[s][1], step.partial);
+        score_gradients<S>(
+            x, sent_size, [&](int i) { return !signbit(sent(i)); }, smem.statistics[s][1],
+            step.partial);
         if constexpr (S::kShaped)
           softcap_gradients(x, sent_size, smem.statistics[s][0], shape, distances);
         __syncwarp();
@@ -201,7 +200,6 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
     release_dscore(turn);
     ptx::named_sync(kBoth, 256);  // nobody reads K or V any more
 
-    const float factor = kScores ? rescale : static_cast<float>(p.scale);
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
     uint32_t rounded[S::kD / 16][4];
@@ -220,7 +218,7 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     backward_wide_kernel(const __grid_constant__ BackwardMaps maps, const BackwardParams p,
                          const BackwardWorkspace w, const KeyTileOrder order,
-                         const ScoreShape shape) {
+                         const ScoreShape shape, const KeepBits keep) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<WideSmem<S>*>(raw);
   if (threadIdx.x == 0) {
@@ -241,7 +239,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       keep_turns<S>(p, w, smem, threadIdx.x / 32 - 1);
     if constexpr (S::kDropout) {
       if (threadIdx.x / 32 >= 4 - S::kFlagWarps)
-        make_flags<S>(p, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
+        make_flags<S>(keep, smem, smem.probability_empty, [&](int s, int n, int row, uint32_t x) {
           smem.flags(s, 2 * n)[row] = smem.flags(s, 2 * n + 1)[row] = x;
         });
     }

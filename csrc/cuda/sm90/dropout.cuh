@@ -88,44 +88,40 @@ class RowCalls {
   uint32_t first_, second_, third0_, third2_, third3_;
 };
 
-// Two calls' fold, the second first: they hold the bits of `threshold` from `shift` on.
-template <int kCount>
-__device__ __forceinline__ uint32_t fold_pair(uint32_t dropped, const Lanes<kCount> (&x)[4],
-                                              int first, uint32_t threshold, int shift) {
-#pragma unroll
-  for (int call = 1; call >= 0; --call) {
-    const uint32_t planes[4] = {x[0].x[first + call], x[1].x[first + call], x[2].x[first + call],
-                                x[3].x[first + call]};
-    dropped = fold_call(dropped, planes, threshold >> (shift + 4 - 4 * call));
-  }
-  return dropped;
-}
-
-// Flags of a row, word after word. What the low byte says is kept as long as it serves.
+// Flags of a row, word after word. What 1024 columns share is kept as long as it serves.
 template <int kRoundsAtOnce>
 class DroppedRow {
  public:
-  __device__ DroppedRow(const uint4& stream, int position, uint32_t threshold)
-      : calls_(stream, static_cast<uint32_t>(position)), threshold_(threshold) {}
+  __device__ DroppedRow(const uint4& stream, int position)
+      : calls_(stream, static_cast<uint32_t>(position)) {}
 
   // Of columns j on, a multiple of 32 * kWords that is the same for the whole warp.
   template <int kWords>
-  __device__ __forceinline__ void words(uint32_t j, uint32_t (&to)[kWords]) {
+  __device__ __forceinline__ void words(uint32_t j, const KeepBits& keep, uint32_t (&to)[kWords]) {
+    static_assert(kWords == 4 || kWords == 2, "four words share a call");
     if (__any_sync(0xffffffffu, j / kDropoutShared != group_)) {
       group_ = j / kDropoutShared;
       Lanes<2> x[4];
       calls_.draw(x, [&](int i) { return shared_counter(j, i); });
-      low_ = fold_pair(0xffffffffu, x, 0, threshold_, 0);
-    }
-    Lanes<2 * kWords> x[4];
-    calls_.draw(x, [&](int i) { return own_counter(j + i / 2 * kDropoutWord, i % 2); });
+      uint32_t first[4], second[4];
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) to[w] = fold_pair(low_, x, 2 * w, threshold_, 8);
+      for (int w = 0; w < 4; ++w) first[w] = x[w].x[0], second[w] = x[w].x[1];
+      take_shared(first, second, keep, &shared_);
+    }
+    Lanes<1> x[4];
+    calls_.draw(x, [&](int) { return own_counter(j); });
+    const bool second_half = kWords == 2 && j / (2 * kDropoutWord) % 2;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const uint32_t own = second_half ? x[2 + w % 2].x[0] : x[w].x[0];
+      to[w] = dropped_word(own, shared_, keep);
+    }
   }
 
  private:
   RowCalls<kRoundsAtOnce> calls_;
-  uint32_t threshold_, group_ = ~0u, low_;
+  uint32_t group_ = ~0u;
+  SharedBits<uint32_t> shared_;
 };
 
 // All ones for what is dropped of two neighbouring scores: flags `first` + 8 * byte of word a and

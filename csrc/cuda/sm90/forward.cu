@@ -68,7 +68,8 @@ std::string launch(const ForwardParams& p, const Device& device, cudaStream_t st
   const int blocks =
       static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);
   return launch_kernel("sm90 forward", forward_kernel<S>, blocks, S::kThreads, kBytes, device,
-                       stream, maps, p, ScoreScale(p.scale, p.features), order);
+                       stream, maps, p, ScoreScale(p.scale, p.features), order,
+                       KeepBits(p.features.keep_threshold));
 }
 
 template <class T>

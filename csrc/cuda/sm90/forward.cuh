@@ -37,7 +37,7 @@ __device__ void write_nothing(const ForwardParams& p, const TilePlace& at, int g
 // What a warpgroup keeps of the tile it works on; the rest stays in TileInfo.
 struct Tile {
   int group;               // 64 of its rows are this warpgroup's
-  int first_key;           // blocks start at first_key + n * kKeys
+  int first_key;           // blocks start at first_key + n * kStep
   int begin, end;          // those that this warpgroup's rows see
   int full_from, full_to;  // every row sees every key of blocks that start here
   int end_key;             // no row of the tile sees a key from here on
@@ -54,13 +54,13 @@ __device__ __forceinline__ bool are_ordinary(const KeyCoordinates& keys, const T
   constexpr int64_t kFar = 1 << 29;
   const int64_t start = static_cast<int>(keys.start), stride = static_cast<int>(keys.stride);
   const int64_t first = start + stride * tile.first_key,
-                last = start + stride * (tile.first_key + (tile.end + 1) * S::kKeys);
+                last = start + stride * (tile.first_key + (tile.end + 1) * S::kStep);
   return -kFar < tile.min_position && tile.max_position < kFar && -kFar < min(first, last) &&
          max(first, last) < kFar;
 }
 template <class S>
 __device__ __forceinline__ Side side_of(const KeyCoordinates& keys, const Tile& tile, int block) {
-  const int first = tile.first_key + block * S::kKeys;
+  const int first = tile.first_key + block * S::kStep;
   const int from = keys.at(first), to = keys.at(first + S::kKeys - 1);
   if (!tile.ordinary) return kNeither;
   if (max(from, to) <= tile.min_position) return kBelow;
@@ -221,16 +221,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   [[maybe_unused]] Ring<kFlagStages> flags;
   const auto take_flags = [&] {
     if constexpr (S::kDropout) {
-      const int i = flags.index();
-      ptx::barrier_wait(&smem.flags_full[warpgroup][i], flags.parity());
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int w = 0; w < S::kFlagWords; ++w)
-          rows.dropped[h][w] = smem.flags[warpgroup][i][row_of_thread(0, h)][w];
-      }
+      ptx::barrier_wait(&smem.flags_full[warpgroup][flags.index()], flags.parity());
+      rows.flags = smem.flags[warpgroup][flags.index()];
+    }
+  };
+  const auto release_flags = [&] {
+    if constexpr (S::kDropout) {
       __syncwarp();
-      if (thread % 32 == 0) ptx::barrier_arrive(&smem.flags_empty[warpgroup][i]);
+      if (thread % 32 == 0) ptx::barrier_arrive(&smem.flags_empty[warpgroup][flags.index()]);
       flags.next();
     }
   };
@@ -244,12 +242,13 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     } else if constexpr (!S::kSerial) {
       take_flags();
       round_probabilities<S>(rows, probability);
+      release_flags();
     }
   };
   const auto outputs = [&](int block) {
     const ptx::Operand values = ptx::operand(smem.value[value.index()], S::kKeys * 128);
     if (!value_here) ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-    const int first = tile.first_key + block * S::kKeys;
+    const int first = tile.first_key + block * S::kStep;
     if (__any_sync(0xffffffffu, first + S::kKeys > tile.end_key)) {
       zero_values<S>(smem.value[value.index()], tile.end_key - first);
       ptx::named_sync(1 + warpgroup, 128);
@@ -267,10 +266,26 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     ptx::pin(probability);
     if (issued) release_value();
   };
+  // kInTurn: while the other warpgroup's warp on the same tensor core issues products, this one
+  // does not, so that one's come while the other works on its scores. No lock: both may pass at
+  // once, and nobody waits for long. What else must be waited for comes first.
+  const auto begin_products = [&] {
+    if constexpr (S::kInTurn) {
+      constexpr int kLooks = 200;
+      if (!key_here) ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
+      if (!value_here) ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
+      key_here = value_here = true;
+      ptx::wait_while_set(&smem.issuing[1 - warpgroup][thread / 32], kLooks);
+      ptx::set_word(&smem.issuing[warpgroup][thread / 32], 1);
+    }
+  };
+  const auto end_products = [&] {
+    if constexpr (S::kInTurn) ptx::set_word(&smem.issuing[warpgroup][thread / 32], 0);
+  };
   // What is known of a block before its scores are there.
   bool special = false;  // more is to be done than the softmax
   const auto prepare = [&](int block) {
-    const int first = tile.first_key + block * S::kKeys;
+    const int first = tile.first_key + block * S::kStep;
     bool rare = first < tile.full_from || first > tile.full_to;
     if constexpr (S::kInProduct) {
       rare |= side == kNeither;
@@ -286,16 +301,35 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     special = __any_sync(0xffffffffu, rare);
   };
   float correction[2];
-  // kQuick: all rows have a reference, and the last search for maxima left it as it was.
-  [[maybe_unused]] bool steady = false;
+  // kQuick: all rows have a reference, and the last search for maxima left it as it was. With a
+  // softcap, too, no block of the tile that was tried without a search had to be searched after
+  // all.
+  [[maybe_unused]] bool steady = false, hopeful = true;
+  const auto is_quick = [&] {
+    if constexpr (S::kQuick) {
+      if (!steady) return false;
+      if (quick_softmax<S>(rows, scale, newest)) {
+        rows.moved = false;
+        release_flags();
+        ptx::pin(newest);
+        return true;
+      }
+      hopeful = !S::kPolynomial;
+    }
+    return false;
+  };
   const auto exponentials = [&](int block) {
     if (!S::kStaged && block == tile.end - 1) release_query();
+    if constexpr (S::kRoundsEarly) take_flags();
+    if constexpr (S::kPolynomial) {
+      if (!special && scale.sign == 1 && is_quick()) return;
+    }
     if constexpr (S::kCapped) {
       if (scale.capped) cap_scores<S>(rows, scale.factor);
     }
     if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
     if (special) {
-      const int first = tile.first_key + block * S::kKeys;
+      const int first = tile.first_key + block * S::kStep;
       const TileRows<S>& limits = smem.rows[place.index()];
       if constexpr (S::kShaped) {
         if (rows.slope != 0 && side == kNeither) {
@@ -314,20 +348,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
         apply_mask<S>(rows, limits, tile.group, first);
     }
-    if constexpr (S::kQuick) {
-      if (steady && quick_softmax<S>(rows, scale.exponent, newest)) {
-        rows.moved = false;
-        ptx::pin(newest);
-        return;
-      }
-    }
+    if (!S::kPolynomial && is_quick()) return;
     softmax<S>(rows, scale.exponent, correction);
     if constexpr (S::kQuick)
-      steady = (block == tile.begin || !rows.moved) &&
+      steady = hopeful && (block == tile.begin || !rows.moved) &&
                __all_sync(0xffffffffu, fminf(rows.largest[0], rows.largest[1]) > -INFINITY);
     if constexpr (S::kRoundsEarly || S::kSerial) {
-      take_flags();
       round_probabilities<S>(rows, newest);
+      release_flags();
       ptx::pin(newest);
     }
   };
@@ -335,6 +363,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   const auto work = [&] {
     ask_key();
     steady = false;
+    hopeful = true;
     exponentials(tile.begin);
     if constexpr (S::kStaged) release_query();
 #pragma unroll
@@ -344,9 +373,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       if constexpr (!S::kSerial) outputs_done(n > tile.begin + 1);
       ask_value();
       take_probabilities();
+      begin_products();
       scores(operands);
       if (rows.moved) scale_output<S>(rows, correction);
       outputs(n - 1);
+      end_products();
       prepare(n);
       if constexpr (S::kSerial)
         outputs_done(true);
@@ -416,7 +447,7 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p,
-                   const ScoreScale scale, const TileOrder order) {
+                   const ScoreScale scale, const TileOrder order, const KeepBits keep) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<ForwardSmem<S>*>(raw);
   if (threadIdx.x == 0) {
@@ -443,6 +474,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     ptx::barrier_init_fence();
   }
   if constexpr (S::kInProduct) init_distances<S>(smem);
+  if (S::kInTurn && threadIdx.x < 8) smem.issuing[threadIdx.x / 4][threadIdx.x % 4] = 0;
   __syncthreads();
   const int warpgroup = ptx::uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
@@ -455,7 +487,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     consume<S>(maps, p, scale, smem, warpgroup - 1);
   } else if constexpr (S::kDropout) {
     ptx::release_registers<S::kFlagRegisters>();
-    make_flags<S>(p, smem);
+    make_flags<S>(p, keep, smem);
   }
 }
 

@@ -8,8 +8,8 @@
 namespace jax_flashattn::cuda::sm90 {
 
 template <class S>
-__device__ void make_flags(const ForwardParams& p, ForwardSmem<S>& smem) {
-  static_assert(S::kGroups == 2 && S::kKeys % 64 == 0);
+__device__ void make_flags(const ForwardParams& p, const KeepBits& keep, ForwardSmem<S>& smem) {
+  static_assert(S::kGroups == 2);
   const int warpgroup = threadIdx.x % 128 / 64, row = threadIdx.x % 64;
   const bool leader = row % 32 == 0;
   Ring<S::kTiles> tile;
@@ -23,22 +23,15 @@ __device__ void make_flags(const ForwardParams& p, ForwardSmem<S>& smem) {
     const int group = (warpgroup + 1 + tile.uses) % 2;  // its rows in this tile (take_tile)
     int begin, end;
     block_range<S>(info, group, &begin, &end);
-    DroppedRow<S::kD <= 128 ? kPhiloxRounds : 2> dropped(
-        dropout_stream(p.features, head_index(p.n, info.at)),
-        smem.rows[at].position[64 * group + row], p.features.keep_threshold);
+    DroppedRow<2> dropped(dropout_stream(p.features, head_index(p.n, info.at)),
+                          smem.rows[at].position[64 * group + row]);
     __syncwarp();
     if (leader) ptx::barrier_arrive(&smem.info_empty[at]);
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {
       const int s = ring.index();
       ptx::barrier_wait(&smem.flags_empty[warpgroup][s], ring.parity() ^ 1);
-#pragma unroll 1
-      for (int half = 0; half < S::kKeys / 64; ++half) {
-        uint32_t words[2];
-        dropped.words(first_key + block * S::kKeys + half * 64, words);
-        *reinterpret_cast<uint2*>(&smem.flags[warpgroup][s][row][2 * half]) =
-            make_uint2(words[0], words[1]);
-      }
+      dropped.words(first_key + block * S::kKeys, keep, smem.flags[warpgroup][s][row]);
       __syncwarp();
       if (leader) ptx::barrier_arrive(&smem.flags_full[warpgroup][s]);
       ring.next();

@@ -17,8 +17,8 @@ struct Rows {
   // Where shaped; the slope in units of the raw score.
   float slope;
   KeyCoordinates keys;
-  float offset[2];                     // kInProduct: of all scores of a row in this block
-  uint32_t dropped[2][S::kFlagWords];  // dropout's flags of both rows in this block
+  float offset[2];                         // kInProduct: of all scores of a row in this block
+  const uint32_t (*flags)[S::kFlagWords];  // dropout's, of this warpgroup's rows in this block
 };
 
 // S = Q K^T, issued but not committed.
@@ -171,46 +171,69 @@ __device__ __forceinline__ void softmax(Rows<S>& rows, float scale, float (&corr
   for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * correction[h] + sum[h];
 }
 
-// The same without looking for the maximum: exponentials of the reference so far, in the element
-// type. Sums that are too large (or NaN) tell that it no longer serves. Then this returns false,
-// with scores as they were.
+// The exponentials x and y as the pair [k][i] of the probabilities. What dropout keeps is scaled
+// with the output.
 template <class S>
-__device__ __forceinline__ bool quick_softmax(Rows<S>& rows, float scale, Probabilities<S>& to) {
-  const float reference[2] = {rows.largest[0] * scale, rows.largest[1] * scale};
-  float sum[2] = {0, 0};
-#pragma unroll
-  for (int k = 0; k < S::kKeys / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float x = ptx::exp2_approx(rows.score[8 * k + 2 * i] * scale - reference[i % 2]);
-      const float y = ptx::exp2_approx(rows.score[8 * k + 2 * i + 1] * scale - reference[i % 2]);
-      sum[i % 2] += x;
-      sum[i % 2] += y;
-      to[k][i] = ptx::pack(x, y, typename S::T());
-    }
+__device__ __forceinline__ uint32_t probability_pair(const Rows<S>& rows, float x, float y, int k,
+                                                     int i) {
+  uint32_t pair = ptx::pack(x, y, typename S::T());
+  if constexpr (S::kDropout) {
+    const uint32_t word = rows.flags[row_of_thread(0, i % 2)][k / 2];
+    const int first = threadIdx.x % 4 * 2;
+    pair &= ~drop_mask(word << (7 - first), word << (6 - first), k % 2 * 2 + i / 2);
   }
-  if (!__all_sync(0xffffffffu, sum[0] <= kMostSum && sum[1] <= kMostSum)) return false;
-  rows.sum[0] += sum[0];
-  rows.sum[1] += sum[1];
-  return true;
+  return pair;
 }
-
-// What dropout keeps is scaled with the output.
 template <class S>
 __device__ __forceinline__ void round_probabilities(const Rows<S>& rows, Probabilities<S>& to) {
 #pragma unroll
   for (int k = 0; k < S::kKeys / 16; ++k) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i)
       to[k][i] =
-          ptx::pack(rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], typename S::T());
-      if constexpr (S::kDropout) {
-        const uint32_t word = rows.dropped[i % 2][k / 2];
-        const int first = threadIdx.x % 4 * 2;
-        to[k][i] &= ~drop_mask(word << (7 - first), word << (6 - first), k % 2 * 2 + i / 2);
+          probability_pair<S>(rows, rows.score[8 * k + 2 * i], rows.score[8 * k + 2 * i + 1], k, i);
+  }
+}
+
+// The same without looking for the maximum: exponentials of the reference so far, in the element
+// type. Sums that are too large (or NaN) tell that it no longer serves. Then this returns false,
+// with scores as they were. So it does where a softcap's scores, which come without their tanh
+// here, are not all small (ScoreScale).
+template <class S>
+__device__ __forceinline__ bool quick_softmax(Rows<S>& rows, const ScoreScale& scale,
+                                              Probabilities<S>& to) {
+  float reference[2], sum[2] = {0, 0};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    reference[h] = rows.largest[h] * scale.exponent;
+    if constexpr (S::kInProduct) reference[h] -= rows.offset[h] * scale.exponent;
+  }
+  [[maybe_unused]] int largest = 0;  // bits of a square, which order like integers
+#pragma unroll
+  for (int k = 0; k < S::kKeys / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float s = rows.score[8 * k + 2 * i], t = rows.score[8 * k + 2 * i + 1];
+      float s_factor = scale.exponent, t_factor = scale.exponent;
+      if constexpr (S::kPolynomial) {
+        const float s2 = s * s, t2 = t * t;
+        largest = __vimax3_s32(largest, __float_as_int(s2), __float_as_int(t2));
+        s_factor = (scale.odd[2] * s2 + scale.odd[1]) * s2 + scale.odd[0];
+        t_factor = (scale.odd[2] * t2 + scale.odd[1]) * t2 + scale.odd[0];
       }
+      const float x = ptx::exp2_approx(s * s_factor - reference[i % 2]);
+      const float y = ptx::exp2_approx(t * t_factor - reference[i % 2]);
+      sum[i % 2] += x;
+      sum[i % 2] += y;
+      to[k][i] = probability_pair<S>(rows, x, y, k, i);
     }
   }
+  bool serves = sum[0] <= kMostSum && sum[1] <= kMostSum;
+  if constexpr (S::kPolynomial) serves &= __int_as_float(largest) <= scale.small;
+  if (!__all_sync(0xffffffffu, serves)) return false;
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  return true;
 }
 
 template <class S>

@@ -34,16 +34,25 @@ struct ForwardShape {
   static constexpr int kChunks = (kD + kChunk - 1) / kChunk;
   static constexpr int kWidth = kChunks * kChunk;  // of a shared-memory row
   static constexpr int kThreads = 128 * (kGroups + 1 + kDropout);
-  static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
-  static constexpr int kFlagRegisters = kDropout ? 56 : 0;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kDropout ? 216 : 232;
   // A warpgroup's exponentials wait for its products. Three hide each other's, and have no
   // registers for the probabilities of two blocks.
   static constexpr bool kSerial = kGroups == 3;
-  static constexpr bool kRoundsEarly = kGroups == 2 && kD < 256 && !kDropout;  // where there are
-  // Blocks are not all searched for their maximum. That needs their scores until they are rounded;
-  // beside a softcap or ALiBi it is slower.
-  static constexpr bool kQuick = kExtent == Extent::kPlain && (kRoundsEarly || kSerial);
+  static constexpr bool kRoundsEarly = kGroups == 2 && kD < (kDropout ? 192 : 256);
+  static constexpr int kProducerRegisters = kDropout ? 24 : kGroups == 3 ? 32 : 40;
+  static constexpr int kFlagRegisters = !kDropout ? 0 : kRoundsEarly ? 40 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 3   ? 160
+                                            : !kDropout    ? 232
+                                            : kRoundsEarly ? 224
+                                                           : 216;
+  // Blocks are not all searched for their maximum. That needs their scores until they are rounded.
+  static constexpr bool kQuick = kRoundsEarly || kSerial;
+  // Beside a softcap that makes its tanh a polynomial, where all scores are small.
+  static constexpr bool kPolynomial = kQuick && kExtent == Extent::kScores;
+  // From a tile's first block to the next. With ALiBi the last comes first: under a causal mask the
+  // bias falls from there on, and the first maximum serves.
+  static constexpr int kStep = kInProduct ? -kKeys : kKeys;
+  // Where softmax takes longest, two warpgroups issue products in turn.
+  static constexpr bool kInTurn = kPolynomial || kDropout;
   static_assert(registers_fit(kThreads / 128,
                               kProducerRegisters + kFlagRegisters + kGroups * kConsumerRegisters));
 };
@@ -59,7 +68,7 @@ __device__ __forceinline__ int64_t head_index(const Sizes& n, const TilePlace& a
 }
 struct TileInfo {
   TilePlace at;
-  int first_key, blocks;  // blocks start at first_key + n * kKeys
+  int first_key, blocks;  // blocks start at first_key + n * kStep
   int end_key;            // no row of the tile sees a key from here on
   // Per warpgroup: union and intersection of its rows' intervals.
   int min_lo[3], max_hi[3], max_lo[3], min_hi[3];
@@ -103,15 +112,19 @@ struct ForwardSmem : ForwardExtra<S> {
   uint64_t query_full[S::kQueries], query_empty[S::kQueries];
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
+  int issuing[2][4];  // kInTurn: consumer warps
 };
 
 // Scores enter exp2 as exponent * (sign * s), or with a softcap as
 // exponent * tanh(factor * (sign * s)); factor and exponent are above 0. A scale of 0 is sign 0:
 // the sign is applied to scores at once, before the mask, so that -inf stays -inf. So is a scale by
 // which ALiBi's slopes cannot be divided.
+// kPolynomial: exponent * tanh(factor * s) is s * (odd[0] + odd[1] s^2 + odd[2] s^4) up to a
+// relative error of 2^-12.7 (tanh.approx: 2^-11) where s^2 <= small, which is |factor * s| <= 0.7.
 struct ScoreScale {
   bool capped;
   float sign, factor, exponent;
+  float odd[3], small;
   uint32_t zero = 0;  // that ptxas knows nothing of
   ScoreScale(double scale, const Features& features) : capped(features.softcap != 0) {
     double magnitude = scale < 0 ? -scale : scale;
@@ -120,6 +133,11 @@ struct ScoreScale {
     if (tiny) magnitude = 1;
     factor = capped ? static_cast<float>(magnitude / features.softcap) : 1.0f;
     exponent = static_cast<float>((capped ? features.softcap : magnitude) * 1.4426950408889634);
+    const float f2 = factor * factor, slope = exponent * factor;
+    odd[0] = 0.99985216f * slope;
+    odd[1] = -0.32779034f * slope * f2;
+    odd[2] = 0.10110480f * slope * f2 * f2;
+    small = 0.49f / f2;
   }
 };
 
@@ -184,8 +202,11 @@ template <class S>
 __device__ __forceinline__ void block_range(const TileInfo& info, int group, int* begin, int* end) {
   const int min_lo = info.min_lo[group], max_hi = info.max_hi[group];
   const bool sees = min_lo < max_hi;
-  *begin = sees ? (min_lo - info.first_key) / S::kKeys : info.blocks;
-  *end = sees ? (max_hi - info.first_key + S::kKeys - 1) / S::kKeys : info.blocks;
+  constexpr bool kDown = S::kStep < 0;
+  const int top = info.first_key + S::kKeys;  // kDown: where keys are counted from
+  *begin = sees ? (kDown ? top - max_hi : min_lo - info.first_key) / S::kKeys : info.blocks;
+  *end = sees ? ((kDown ? top - min_lo : max_hi - info.first_key) + S::kKeys - 1) / S::kKeys
+              : info.blocks;
 }
 
 // A thread's rows of a tile, of accumulators: h is 0 or 1.
@@ -297,11 +318,12 @@ __device__ void scout(const ForwardParams& p, TileOrder order, const ScoreScale&
           first = min(first, info.min_lo[w]);
           end = max(end, info.max_hi[w]);
         }
-        if constexpr (S::kDropout) first &= ~63;  // two words of flags
-        info.first_key = first;
+        if constexpr (S::kDropout) first &= -S::kKeys;  // its words share their calls
+        const int blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
+        info.first_key = S::kStep > 0 ? first : first + (blocks - 1) * S::kKeys;
         info.end_key = end;
-        info.blocks = first < end ? (end - first + S::kKeys - 1) / S::kKeys : 0;
-        ahead = info.blocks <= S::kShort;
+        info.blocks = blocks;
+        ahead = blocks <= S::kShort;
       }
       ptx::barrier_arrive(&smem.info_full[i]);
     }
@@ -359,7 +381,7 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
         ptx::barrier_wait(&smem.key_empty[x], key.parity() ^ 1);
         if (ptx::elect())
           load_tile<S::kKeys, S::kChunks>(smem.key[x], &maps.key, &smem.key_full[x], head,
-                                          first + n * S::kKeys, b);
+                                          first + n * S::kStep, b);
         __syncwarp();
         key.next();
       }
@@ -368,7 +390,7 @@ __device__ void load(const ForwardMaps& maps, int group, ForwardSmem<S>& smem) {
         ptx::barrier_wait(&smem.value_empty[x], value.parity() ^ 1);
         if (ptx::elect())
           load_tile<S::kKeys, S::kChunks>(smem.value[x], &maps.value, &smem.value_full[x], head,
-                                          first + (n - 1) * S::kKeys, b);
+                                          first + (n - 1) * S::kStep, b);
         __syncwarp();
         value.next();
       }

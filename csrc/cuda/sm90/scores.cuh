@@ -20,6 +20,12 @@ Extent extent(const Params& p) {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Gradients of scores are made without dropout's scale, which their sums get: that of what is kept,
+// or 1 where nothing is and only the lse has a gradient. Delta is divided by it.
+__device__ __forceinline__ float gradient_scale(const Features& f) {
+  return f.dropout && f.keep_threshold ? static_cast<float>(kept_scale(f)) : 1.0f;
+}
+
 // Scores in units of log2: x = s * factor, or with a softcap x = cap * tanh(s * factor).
 struct ScoreShape {
   float factor, cap;  // cap 0: none
