@@ -14,14 +14,15 @@ OPTIONS = (
     {"causal": True},
     {"alibi": True},
     {"softcap": 5.0, "alibi": True},
+    {"softcap": 5.0},
     {"dropout_rate": 0.2, "alibi": True, "causal": True},
     {"segment_ids": True, "window": (70, 0)},
 )
 
 
 def call(d: int, dtype: str, options: dict, deterministic: bool) -> None:
-    """Output, lse and gradients, of 200 rows and 200 keys of 4 heads on 2."""
-    b, s, hq, hk = 2, 200, 4, 2
+    """Output, lse and gradients, of 300 rows and 300 keys of 4 heads on 2."""
+    b, s, hq, hk = 2, 300, 4, 2
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (b, s, hq, d), (b, s, hk, d), (b, s, hk, d)
     arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import grids, hlo
+from support import grids, hlo, oracle
 from support.case import Case, cases
 from support.check import GRADIENTS, check_case, check_results, execute, jitted
 from support.compare import assert_bitwise, assert_same_numbers
@@ -90,6 +90,10 @@ VARIANTS = (
     BASE.replace(d=96, dv=96, dropout=0.1, causal=True),
     BASE.replace(d=128, dv=128, dropout=0.3, alibi="h"),
     BASE.replace(d=256, dv=256, dropout=0.3, causal=True),
+    # ALiBi alone walks blocks downwards: masks that begin and end anywhere.
+    BASE.replace(d=128, dv=128, alibi="h", interval="random"),
+    BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), alibi="h"),
+    BASE.replace(alibi="bh", causal=True, left=70),
 )  # fmt: skip
 
 
@@ -115,6 +119,8 @@ MASKS = {
     "lengths": {"lengths": True},
     "in turn": {"causal": True, "deterministic": True},
     "dropout": {"causal": True, "dropout_rate": 0.2, "dropout_key": True},
+    "ALiBi": {"window": (400, 40), "alibi_slopes": True},
+    "softcap": {"causal": True, "softcap": 3.0},
 }
 
 
@@ -142,6 +148,8 @@ def test_many_tiles_for_every_block(d, mask, platform):
         options["lengths"] = jnp.asarray(rng.integers(0, s + 1, b), jnp.int32)
     if "dropout_key" in options:
         options["dropout_key"] = jax.random.key(d)
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = jnp.asarray(rng.uniform(0.001, 0.3, hq), jnp.float32)
     static = {k: v for k, v in options.items() if not isinstance(v, jax.Array)}
     traced = {k: v for k, v in options.items() if k not in static}
 
@@ -218,30 +226,58 @@ GROWTH = {
 }
 
 
+SLOPES = (0.3, 0.02)
+# Kernel instances, and what they do to scores [h, i, j] (S8).
+INSTANCES = {
+    "plain": ({}, lambda x, away: x),
+    "ALiBi": (
+        {"alibi_slopes": jnp.array(SLOPES)},
+        lambda x, away: x - np.reshape(SLOPES, (2, 1, 1)) * away,
+    ),
+    "softcap": ({"softcap": 50.0}, lambda x, away: 50 * np.tanh(x / 50)),
+    "dropout": ({"dropout_rate": 0.25, "dropout_key": jnp.array([3, 4], jnp.uint32)}, None),
+}
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("growth", GROWTH)
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_that_outgrow_the_first_block(dtype, d, growth, causal, platform):
+@pytest.mark.parametrize(
+    ("instance", "dtype", "d"),
+    [
+        *itertools.product(["plain"], DTYPES, [64, 96, 128, 192, 256]),
+        *itertools.product(["ALiBi", "softcap", "dropout"], ["bfloat16"], [64, 128, 192, 256]),
+    ],
+)
+def test_scores_that_outgrow_the_first_block(instance, dtype, d, growth, causal, platform):
     """The forward keeps a block's maximum as the reference while sums of exponentials stay small,
-    and does not look for others: scores that outgrow it must send it back to look."""
+    and does not look for others: scores that outgrow it must send it back to look. So must scores
+    too large for a softcap's polynomial."""
     s, h = 1100, 2
+    options, shape = INSTANCES[instance]
     rng = np.random.default_rng(d)
     q, k, v = (rng.standard_normal((1, s, h, d)) for _ in range(3))
     q *= 0.5
     q[..., 0] = np.where(np.arange(s) % 2, 1, -1)[:, None] * d**0.5
     k[..., 0] = GROWTH[growth](np.arange(s))[:, None]
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
-    out, lse = jax.jit(lambda *x: flash_attention(*x, causal=causal, return_lse=True))(
-        *put(platform, q, k, v)
-    )
+    moved = jax.device_put((options, q, k, v), jax.devices(platform)[0])
+    static = {n: x for n, x in options.items() if not isinstance(x, jax.Array)}
+    out, lse = jax.jit(
+        lambda o, *x: flash_attention(*x, causal=causal, return_lse=True, **(o | static))
+    )(*moved)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * d**-0.5
+    i = np.arange(s)
+    if shape:
+        scores = shape(scores, np.abs(i[:, None] - i))
     if causal:
         scores[..., np.triu(np.ones((s, s), bool), 1)] = -np.inf
     largest = scores.max(-1, keepdims=True)
     p = np.exp(scores - largest)
     total = p.sum(-1, keepdims=True)
+    if "dropout_key" in options:
+        arrays = {"position": i[None], "threshold": 0.75 * 65536}
+        p *= oracle.keep(np.asarray(options["dropout_key"]), arrays, (1, h, s)) / 0.75
     want = np.einsum("bhqk,bkhd->bqhd", p / total, v)
     want_lse = (largest + np.log(total))[..., 0]
     np.testing.assert_allclose(lse, want_lse, rtol=1e-6, atol=1e-3)

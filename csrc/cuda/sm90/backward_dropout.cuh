@@ -11,8 +11,7 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
   const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    constexpr uint32_t kLow[] = {0, 0x55555555u, 0x33333333u, 0, 0x0f0f0f0fu};
-    const uint32_t low = step == 16 ? 0xffffu : step == 8 ? 0x00ff00ffu : kLow[step];
+    const uint32_t low = 0xffffffffu / ((1u << step) + 1);  // the lower of each two times `step`
     const uint32_t other = __shfl_xor_sync(0xffffffffu, x, step);
     x = lane & step ? (x & ~low) | (other >> step & low) : (x & low) | (other << step & ~low);
   }
@@ -25,7 +24,7 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t x) {
 template <class S, class Store>
 __device__ void make_flags(const KeepBits& keep, BackwardSmem<S>& smem, uint64_t* empty,
                            const Store& store) {
-  constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32, kAtOnce = kWords;
+  constexpr int kParts = S::kRows / 32, kWords = S::kKeys / 32;
   const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
   for (int part = ptx::uniform(threadIdx.x / 32) - (4 - S::kFlagWarps);; ring.next()) {
@@ -40,13 +39,10 @@ __device__ void make_flags(const KeepBits& keep, BackwardSmem<S>& smem, uint64_t
     for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
       DroppedRow<2> dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row]);
-#pragma unroll 1
-      for (int n = 0; n < kWords; n += kAtOnce) {
-        uint32_t words[kAtOnce];
-        dropped.words(first_key + 32 * n, keep, words);
+      uint32_t words[kWords];
+      dropped.words(first_key, keep, words);
 #pragma unroll
-        for (int w = 0; w < kAtOnce; ++w) store(s, n + w, row, transpose_bits(words[w]));
-      }
+      for (int n = 0; n < kWords; ++n) store(s, n, row, transpose_bits(words[n]));
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(&smem.flags_full[s]);
     }
