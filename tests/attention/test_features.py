@@ -247,6 +247,17 @@ class TestDropout:
             arrays = {"position": np.arange(32, 96)[None], "threshold": round(0.6 * 65536)}
             assert np.array_equal(kept, oracle.keep(np.array([0, 5]), arrays, (1, 2, 96))[0])
 
+    @pytest.mark.parametrize("first", [64, 960])
+    def test_the_mask_where_calls_change(self, first):
+        """128 keys share a call, 1,024 two others."""
+        sk, key, see = 1100, jax.random.PRNGKey(5), slice(first, first + 128)
+        q, k = jnp.zeros((1, 32, 2, 8)), jnp.zeros((1, sk, 1, 8))
+        v = jnp.eye(sk)[None, :, None, see]
+        out = flash_attention(q, k, v, dropout_rate=0.4, dropout_key=key)
+        kept = np.asarray(out)[0].swapaxes(0, 1) != 0
+        arrays = {"position": np.arange(sk - 32, sk)[None], "threshold": round(0.6 * 65536)}
+        assert np.array_equal(kept, oracle.keep(np.array([0, 5]), arrays, (1, 2, sk))[0, ..., see])
+
     def test_kept_values_are_rescaled_by_the_rate_applied(self):
         matrix = self.matrix(jax.random.key(1), rate=0.3)
         kept = round(0.7 * 65536) / 65536
