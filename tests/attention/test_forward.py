@@ -58,15 +58,19 @@ def test_output_is_the_probability_matrix_for_identity_values(dtype):
     assert abs(out.sum(-1) - 1).max() < (1e-5 if dtype == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_sums_that_are_exact_are_exact(dtype):
-    """Scale 0 over 64 keys: every probability is 1/64, and sums of small integers are exact."""
+    """Scale 0 over 64 keys: every probability is 1/64, and sums of small integers are exact.
+
+    2^0 was once 1 + 7e-8, which only float32, and bfloat16 without AVX512-BF16, show. dV has
+    probabilities from the lse, which float32 rounds.
+    """
     case = Case(b=2, sq=64, sk=64, hq=4, hk=4, scale=0.0, data="integer", dtype=dtype)
     x = make_problem(case).given
     results = check_case(case)
     for name in ("dq", "dk"):
         assert not results[name].astype(float).any(), f"{name} is not exactly 0"
-    for name, given in (("out", "value"), ("dv", "dout")):
+    for name, given in (("out", "value"), ("dv", "dout"))[: 1 if dtype == "float32" else 2]:
         wanted = np.broadcast_to(x[given].astype(float).mean(1, keepdims=True), x[given].shape)
         assert np.array_equal(results[name], wanted.astype(x[given].dtype)), name
 
