@@ -1,4 +1,4 @@
-"""README's tables, each made from a file of results and put between two markers."""
+"""README's tables, each made from files of results and put between two markers."""
 
 import json
 import statistics
@@ -19,9 +19,14 @@ def _row(name: str, rows: list[dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def cpu_table() -> str:
-    """Markdown: medians over sequence lengths, GFLOP/s and the ratio to torch."""
-    data = json.loads((record.RESULTS / "cpu.json").read_text())
+def cpu_tables() -> str:
+    """Markdown: a table for each machine; cpu_amx.json is what cpu.json becomes on one with AMX."""
+    return "\n\n".join(_cpu_table(name) for name in ("cpu", "cpu_amx"))
+
+
+def _cpu_table(name: str) -> str:
+    """Medians over sequence lengths, GFLOP/s and the ratio to torch."""
+    data = json.loads((record.RESULTS / f"{name}.json").read_text())
     rows, where = data["rows"], data["environment"]
     lines = [
         "| | forward, full | forward, causal | forward+backward, full | forward+backward, causal |",
@@ -43,7 +48,8 @@ def cpu_table() -> str:
         "",
         f"GFLOP/s and, in brackets, the ratio to torch {where['versions']['torch']} "
         "`scaled_dot_product_attention`; medians over S = 512 to 8192, 4 heads, "
-        f"{where['cores']} cores of an {where['cpu']}, one process. " + "; ".join(summary) + ". "
+        f"{where['cores']} cores of an {where['cpu']}"
+        f"{' with AMX' if name == 'cpu_amx' else ''}, one process. " + "; ".join(summary) + ". "
         "From `python -m benchmarks cpu`.",
     ]
     return "\n".join(lines)
@@ -90,7 +96,7 @@ def write() -> None:
     """Replaces what stands between the markers in README.md."""
     readme = record.ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("gpu", gpu_table()), ("cpu", cpu_table())):
+    for name, table in (("gpu", gpu_table()), ("cpu", cpu_tables())):
         begin = f"<!-- benchmarks: {name} -->"
         head, rest = text.split(begin)
         tail = rest.split(END, 1)[1]

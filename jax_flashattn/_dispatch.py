@@ -7,6 +7,7 @@ this table only tells of it. tests/unit/test_explain.py holds the two together.
 import dataclasses
 
 CPU_TILE = (64, 96)  # rows, keys: kRows and kTileKeys of cpu/tile.h
+BF16_SETS = ("avx512_bf16", "amx")  # instruction sets that multiply bfloat16
 CUDA_DTYPES = ("bfloat16", "float16")
 SM90 = "9.0"
 # Largest head dim -> (rows, keys) of the Hopper forward: Tuned of cuda/sm90/forward.cu.
@@ -72,8 +73,8 @@ def cpu_kernel(call: Call, instruction_set: str | None) -> Kernel:
     if instruction_set is None:
         return Kernel(None, notes=("no instruction set: python -m jax_flashattn says why",))
     notes = []
-    if call.dtype in ("bfloat16", "float16") and instruction_set != "avx512_bf16":
-        notes.append(f"{call.dtype} is widened to float32: no AVX512-BF16 here")
+    if call.dtype in ("bfloat16", "float16") and instruction_set not in BF16_SETS:
+        notes.append(f"{call.dtype} is widened to float32: no AMX or fast AVX512-BF16 here")
     elif call.dtype == "float16":
         notes.append("float16 is widened to float32: only bfloat16 has products of its own")
     return Kernel(f"cpu {instruction_set}, {call.dtype}", CPU_TILE, tuple(notes))

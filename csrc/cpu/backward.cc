@@ -210,9 +210,7 @@ inline void add_tile(const BackwardBuffers<M>& t, const BackwardParams& p,
     matmul<M, false, Start::kAdd>(even(keys), padded_dim(n.d) / L, row_steps, t.ds + at, kRows,
                                   t.query_row + panel.row * padded_dim(n.d), padded_dim(n.d) * D,
                                   to.dk(j0 + panel.begin), to.pitch, ahead);
-    matmul<M, true, Start::kAdd>(even(n.d), vectors, ceil_div(keys, D), t.key_pairs + key_at,
-                                 even(n.d) * D, t.ds_pairs + panel.begin * kRows + panel.row * D,
-                                 kRows * D, t.dquery + panel.row, kRows, ahead);
+    multiply_reduced_keys<M, Start::kAdd>(panel, n.d, t.key_pairs, t.ds_pairs, t.dquery, ahead);
   });
   if constexpr (kFeatured) {
     if (is_bias_per_pair(p)) write_score_gradients<Storage>(p, t.dbias, rows, b, g, j0, count);
@@ -228,6 +226,7 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
   const Sizes& n = p.n;
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
+  const TileRegisters registers;
   Rows rows[kMostTiles];
   int64_t begin[kMostTiles] = {}, end[kMostTiles] = {};  // the keys that were reached
   RowFeatures<Acc> features[kMostTiles];                 // untouched unless featured
@@ -252,7 +251,8 @@ void backward_group(const BackwardParams& p, const RowMap& map, const BackwardBu
     const int64_t count = min64(kTileKeys, min64(n.sk - j0, even(all.max_hi - j0)));
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
     pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    if constexpr (M::kDepth == 2) pack_key_pairs<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
+    if constexpr (M::kDepth == 2)
+      pack_reduced_keys<M>(k, n, b, g, j0, count, n.d, buffers.key_pairs);
     const OnceKnown keys_are_finite(
         [&] { return all_finite(buffers.key, even(count) * even(n.d)); });
     Ahead ahead;

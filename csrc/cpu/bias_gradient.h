@@ -250,6 +250,7 @@ void bias_gradient_block(const BackwardParams& p, const BiasBlocks& blocks, int6
       is(bias.i, at.i, ceil_div(n.sq, kRows)), js(bias.j, at.j, ceil_div(n.sk, kTileKeys));
   const RowMap map(n, RowMap::whole_tiles(n.sq));
   const auto t = thread_buffers<BiasGradientBuffers<M>>(n, 1);
+  const TileRegisters registers;
   fill(t.sum, kTileKeys * kRows, Acc(0));
   RowFeatures<Acc> features;
   const auto add_rows = [&](int64_t b, int64_t g, int64_t tile) {

@@ -3,6 +3,12 @@
 #include <cstring>
 #include <memory>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/attention.h"
 
 namespace jax_flashattn::cpu {
@@ -19,20 +25,38 @@ FLASH_DECLARE(baseline)
 FLASH_DECLARE(avx2)
 FLASH_DECLARE(avx512)
 FLASH_DECLARE(avx512_bf16)
+FLASH_DECLARE(amx)
 #endif
 #undef FLASH_DECLARE
 
 namespace {
 
-// AVX512-BF16 has kernels for bfloat16 alone; the others would be those of AVX-512.
+// AVX512-BF16 and AMX have kernels for bfloat16 alone; the others would be those of AVX-512.
 template <auto kBf16, auto kOther, class Params>
 void by_element(const Params& p, Executor& executor) {
   (p.dtype == DType::kBF16 ? kBf16 : kOther)(p, executor);
 }
 
+#if defined(__x86_64__)
+// Whether there are tile registers for bfloat16, and the system lets this process use them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kLeaf = 7, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(kLeaf, 0, &a, &b, &c, &d)) return false;
+  return (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Candidate {
   Kernels kernels;
   bool supported;
+  bool preferred = true;  // to those that follow, unless one is asked for
 };
 
 Kernels pick() {
@@ -43,12 +67,20 @@ Kernels pick() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   const Candidate candidates[] = {
+      // A token's attention over a cache has nothing for tiles.
+      {{"amx", by_element<amx::forward, avx512::forward>,
+        by_element<amx::backward, avx512::backward>, by_element<amx::tangent, avx512::tangent>,
+        avx512::cached},
+       has_bf16 && may_use_tiles()},
       {{"avx512_bf16", by_element<avx512_bf16::forward, avx512::forward>,
         by_element<avx512_bf16::backward, avx512::backward>,
         by_element<avx512_bf16::tangent, avx512::tangent>,
         by_element<avx512_bf16::cached, avx512::cached>},
-       has_avx512 && __builtin_cpu_supports("avx512bf16")},
+       has_bf16,
+       // Intel's cores multiply pairs of bfloat16 at half the rate of float32, pair for element.
+       !__builtin_cpu_is("intel")},
       {{"avx512", avx512::forward, avx512::backward, avx512::tangent, avx512::cached}, has_avx512},
       {{"avx2", avx2::forward, avx2::backward, avx2::tangent, avx2::cached}, has_avx2},
       {{"baseline", baseline::forward, baseline::backward, baseline::tangent, baseline::cached},
@@ -60,8 +92,9 @@ Kernels pick() {
        true}};
 #endif
   const char* wanted = std::getenv("JAX_FLASHATTN_CPU_ISA");
+  const bool any = !wanted || !*wanted;
   for (const Candidate& c : candidates) {
-    if (c.supported && (!wanted || !*wanted || std::strcmp(wanted, c.kernels.name) == 0))
+    if (c.supported && (any ? c.preferred : std::strcmp(wanted, c.kernels.name) == 0))
       return c.kernels;
   }
   return {nullptr, nullptr, nullptr, nullptr, nullptr};

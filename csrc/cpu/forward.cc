@@ -23,6 +23,7 @@ struct ForwardBuffers {
   // Per tile of rows.
   T* query;
   Acc *out, *max, *sum;
+  Acc* reference;  // of the exponents, as rounded: max times their scale
   // Of features.
   Acc* bias;
   uint64_t* keep;
@@ -38,6 +39,7 @@ struct ForwardBuffers {
         out(a.take<Acc>(tiles * even(n.dv) * kRows)),
         max(a.take<Acc>(tiles * kRows)),
         sum(a.take<Acc>(tiles * kRows)),
+        reference(a.take<Acc>(tiles * kRows)),
         bias(a.take<Acc>(kTileKeys * kRows)),
         keep(a.take<uint64_t>(kTileKeys)),
         d(even(n.d)),
@@ -50,6 +52,7 @@ struct ForwardBuffers {
     t.out += tile * dv * kRows;
     t.max += tile * kRows;
     t.sum += tile * kRows;
+    t.reference += tile * kRows;
     return t;
   }
 };
@@ -64,7 +67,7 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, const 
   constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
   Acc* const s = t.score + vector * L;
   LaneInts<Acc> lo[kN], hi[kN];
-  Vec<Acc> largest[kN], offset[kN], sum[kN];
+  Vec<Acc> largest[kN], reference[kN], sum[kN];
   [[maybe_unused]] std::conditional_t<kFeatured, LaneFeatures<M>, char> lanes[kN];
   for (int n = 0; n < kN; ++n) {
     if constexpr (kFeatured) lanes[n] = LaneFeatures<M>(features, vector + n);
@@ -90,15 +93,15 @@ inline void softmax_vectors(const ForwardBuffers<M>& t, const Rows& rows, const 
     const int at = (vector + n) * L;
     const Vec<Acc> before = load(t.max + at);
     const Vec<Acc> nothing = splat(-kInf);
-    const Vec<Acc> reference = largest[n] == nothing ? Vec<Acc>{} : largest[n];
-    const Vec<Acc> correction = exp2<M::kExpTerms>((before - reference) * c);
-    offset[n] = reference * c;
+    reference[n] = (largest[n] == nothing ? Vec<Acc>{} : largest[n]) * c;
+    const Vec<Acc> correction = exp2<M::kExpTerms>(load(t.reference + at) - reference[n]);
     store(t.max + at, largest[n]);
+    store(t.reference + at, reference[n]);
     store(t.correction + at, before == nothing ? Vec<Acc>{} : correction);
   }
   for_key_ranges(panel, [&](auto partial, int64_t begin, int64_t end) {
     const auto probability = [&](int64_t j, int n) {
-      Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - offset[n]);
+      Vec<Acc> p = exp2<M::kExpTerms>(load(s + j * kRows + n * L) * c - reference[n]);
       if constexpr (partial.value) p = sees(n, j) ? p : Vec<Acc>{};
       sum[n] += p;
       if constexpr (kFeatured) p = lanes[n].kept(p, j);  // the sum is of all (S12)
@@ -155,7 +158,6 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
                        int64_t b, int64_t g) {
   using Acc = typename M::Acc;
   constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
-  const Acc c = kFeatured ? Acc(1) : exponent_scale<Acc>(p.scale);
   const Acc kept = static_cast<Acc>(kept_scale(p.features));
   const Acc* const sinks = static_cast<const Acc*>(p.features.sinks);
   Acc inverse[kRows];
@@ -171,7 +173,9 @@ inline void write_rows(const ForwardBuffers<M>& t, const ForwardParams& p, const
     inverse[l] = nothing ? Acc(0) : rescale / t.sum[l];
     if (rows.head[l] < 0) continue;
     Acc& lse = static_cast<Acc*>(p.lse)[stat_offset(rows, p.n, b, g, l)];
-    lse = nothing ? -kInf : t.max[l] * c * Acc(kLn2) + log_of(t.sum[l]);  // S10
+    const Acc reference =
+        kFeatured ? t.max[l] : t.reference[l];  // a sink may have raised the first
+    lse = nothing ? -kInf : reference * Acc(kLn2) + log_of(t.sum[l]);  // S10
   }
   write_columns<Acc>(t.out, inverse, rows, p.n, b, g, p.n.dv, static_cast<Storage*>(p.out));
 }
@@ -197,10 +201,8 @@ inline void add_tile(const ForwardBuffers<M>& t, const ForwardParams& p, const R
     softmax<M, kFeatured>(t, rows, panel, tile, c);
     if (panel.partial() && !values_are_finite())
       return add_visible_values<M>(t, static_cast<const Storage*>(p.v), rows, panel, n, b, g, j0);
-    matmul<M, true, Start::kRescale>(even(n.dv), vectors, ceil_div(keys, D),
-                                     t.value + panel.begin * even(n.dv), even(n.dv) * D,
-                                     t.probability + at + panel.row * D, kRows * D,
-                                     t.out + panel.row, kRows, ahead, t.correction + panel.row);
+    multiply_reduced_keys<M, Start::kRescale>(panel, n.dv, t.value, t.probability, t.out, ahead,
+                                              t.correction + panel.row);
   });
 }
 
@@ -214,6 +216,7 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
   const auto* k = static_cast<const Storage*>(p.k);
   const auto* v = static_cast<const Storage*>(p.v);
   const auto buffers = thread_buffers<ForwardBuffers<M>>(n, tiles);
+  const TileRegisters registers;
 
   Rows rows[kMostTiles];
   RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
@@ -231,19 +234,16 @@ void forward_group(const ForwardParams& p, const RowMap& map, int64_t b, int64_t
     pack_columns<M>(q, rows[x], n, b, g, n.d, p.scale < 0, t.query);
     fill(t.max, kRows, -std::numeric_limits<Acc>::infinity());
     fill(t.sum, kRows, Acc(0));
+    fill(t.reference, kRows, Acc(0));
     fill(t.out, even(n.dv) * kRows, Acc(0));
   };
 
   for (int64_t j0 = all.min_lo; j0 < all.max_hi; j0 += kTileKeys) {
     const int64_t count = min64(kTileKeys, all.max_hi - j0);
     pack_keys<M>(k, n, b, g, j0, count, n.d, buffers.key);
-    if constexpr (M::kDepth == 2)
-      pack_key_pairs<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    else
-      pack_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
-    const OnceKnown values_are_finite([&] {
-      return all_finite(buffers.value, ceil_div(count, M::kDepth) * M::kDepth * even(n.dv));
-    });
+    pack_reduced_keys<M>(v, n, b, g, j0, count, n.dv, buffers.value);
+    const OnceKnown values_are_finite(
+        [&] { return all_finite(buffers.value, reduced_elements<M>(count, n.dv)); });
     Ahead ahead;
     const int64_t next = j0 + kTileKeys, wanted = min64(kTileKeys, all.max_hi - next);
     for (int64_t x = 1; x < tiles; ++x)

@@ -2,11 +2,13 @@
 //
 // n runs along vector lanes, A's elements are broadcast, accumulators stay in registers. Every
 // product of attention fits this form without transposing keys or values, because scores are kept
-// transposed: lanes are query rows (see forward.cc).
+// transposed: lanes are query rows (see forward.cc). With AMX (kTiled) the multiples of its tiles
+// go there, the rest to the vectors; it has no transposed A, so what is reduced over keys is packed
+// transposed (pack_reduced_keys).
 #pragma once
 
 #include "cpu/ahead.h"
-#include "cpu/simd.h"
+#include "cpu/amx.h"
 
 namespace jax_flashattn::cpu::FLASH_ISA {
 namespace {
@@ -83,9 +85,9 @@ inline void panel(int64_t m_count, int64_t k, const typename M::T* a, int64_t ld
 
 // m_count is even, n_vectors counts vectors of lanes, k counts steps of kDepth.
 template <class M, bool kTransposedA, Start kStart>
-inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename M::T* a,
-                   int64_t lda, const typename M::T* b, int64_t ldb, typename M::Acc* c,
-                   int64_t ldc, Ahead& ahead, const typename M::Acc* rescale = nullptr) {
+inline void vector_matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename M::T* a,
+                          int64_t lda, const typename M::T* b, int64_t ldb, typename M::Acc* c,
+                          int64_t ldc, Ahead& ahead, const typename M::Acc* rescale) {
   constexpr int L = kLanes<typename M::Acc>;
   int64_t n = 0;
   const auto step = [&](auto width) {
@@ -101,6 +103,68 @@ inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename
     if (n_vectors - n >= 2) step(Width<2>{});
   }
   if (n_vectors - n >= 1) step(Width<1>{});
+}
+
+#if defined(__AMX_BF16__)
+// Counts of tiles of the three axes.
+template <Start kStart>
+inline void tile_matmul(int64_t m_tiles, int64_t n_tiles, int64_t k_tiles, const bf16* a,
+                        int64_t lda, const bf16* b, int64_t ldb, float* c, int64_t ldc,
+                        Ahead& ahead, const float* rescale) {
+  constexpr bool kAdd = kStart != Start::kZero;
+  const auto stays = [&] {  // no row's maximum has grown
+    Vec<int32_t> grown{};
+    for (int64_t n = 0; n < n_tiles; ++n) grown |= load(rescale + n * kTileSide) != 1.0f;
+    return lane_signs(grown) == 0;
+  };
+  if (kStart == Start::kRescale && !stays()) {
+    for (int64_t m = 0; m < m_tiles * kTileSide; ++m) {
+      float* const row = c + m * ldc;
+      for (int64_t n = 0; n < n_tiles * kTileSide; n += kTileSide)
+        store(row + n, load(row + n) * load(rescale + n));
+    }
+  }
+  const auto blocks = [&](auto height, int64_t m) {
+    const bf16* const rows = a + m * kTileSide * lda;
+    float* const to = c + m * kTileSide * ldc;
+    int64_t n = 0;
+    for (; n + 2 <= n_tiles; n += 2) {
+      ahead.ask();
+      tile_block<height.value, 2, kAdd>(k_tiles, rows, lda, b + n * 2 * kTileSide, ldb,
+                                        to + n * kTileSide, ldc);
+    }
+    if (n < n_tiles)
+      tile_block<height.value, 1, kAdd>(k_tiles, rows, lda, b + n * 2 * kTileSide, ldb,
+                                        to + n * kTileSide, ldc);
+  };
+  int64_t m = 0;
+  for (; m + 2 <= m_tiles; m += 2) blocks(Width<2>{}, m);
+  if (m < m_tiles) blocks(Width<1>{}, m);
+}
+#endif
+
+template <class M, bool kTransposedA, Start kStart>
+inline void matmul(int64_t m_count, int64_t n_vectors, int64_t k, const typename M::T* a,
+                   int64_t lda, const typename M::T* b, int64_t ldb, typename M::Acc* c,
+                   int64_t ldc, Ahead& ahead, const typename M::Acc* rescale = nullptr) {
+  int64_t m = 0;  // rows that tiles have done
+#if defined(__AMX_BF16__)
+  if constexpr (M::kTiled) {
+    static_assert(!kTransposedA && kLanes<float> == kTileSide);
+    if (const int64_t k_tiles = k / kTileSide) {
+      const int64_t steps = k_tiles * kTileSide;
+      m = m_count / kTileSide * kTileSide;
+      tile_matmul<kStart>(m / kTileSide, n_vectors, k_tiles, a, lda, b, ldb, c, ldc, ahead,
+                          rescale);
+      if (steps < k)
+        vector_matmul<M, false, Start::kAdd>(m, n_vectors, k - steps, a + 2 * steps, lda,
+                                             b + steps * ldb, ldb, c, ldc, ahead, nullptr);
+    }
+  }
+#endif
+  if (m < m_count)
+    vector_matmul<M, kTransposedA, kStart>(m_count - m, n_vectors, k, a + m * lda, lda, b, ldb,
+                                           c + m * ldc, ldc, ahead, rescale);
 }
 
 }  // namespace

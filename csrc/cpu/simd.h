@@ -1,4 +1,4 @@
-// Vectors of one instruction set: the only file of csrc/cpu that names one.
+// Vectors of one instruction set: the only file of csrc/cpu that names one, but for amx.h.
 //
 // Included once per instruction set, with FLASH_ISA naming the namespace. Everything has internal
 // linkage: the linker must never serve one set's code to another.
@@ -331,13 +331,14 @@ inline void transpose(Vec<T> (&v)[kLanes<T>]) {
 
 // How one product multiplies: `T` is an operand element, `V` an operand vector, `Acc` accumulates.
 // kDepth elements are consumed at once: with depth 2, operands hold neighbours of the reduction
-// dimension side by side.
+// dimension side by side. kTiled: by AMX, where whole tiles are to be had.
 template <class Float, int kTerms>
 struct PlainMath {
   using T = Float;
   using V = Vec<Float>;
   using Acc = Float;
   static constexpr int kDepth = 1;
+  static constexpr bool kTiled = false;
   static constexpr int kExpTerms = kTerms;
   static inline Vec<Acc> fma(Vec<Acc> acc, const T* a, V b) { return acc + *a * b; }
 };
@@ -350,6 +351,11 @@ constexpr bool kOnlyBf16 = true;
 #else
 constexpr bool kOnlyBf16 = false;
 #endif
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 
 #if defined(__AVX512BF16__)
 struct Bf16Math {
@@ -357,6 +363,7 @@ struct Bf16Math {
   using V = Vec<int32_t>;
   using Acc = float;
   static constexpr int kDepth = 2;
+  static constexpr bool kTiled = kHasTiles;
   static constexpr int kExpTerms = 5;
   static inline Vec<Acc> fma(Vec<Acc> acc, const T* a, V b) {
     int32_t pair;

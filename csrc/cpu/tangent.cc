@@ -191,9 +191,7 @@ inline void add_tile(const TangentBuffers<M>& t, const TangentParams& p, const R
     if (panel.partial() && !values_are_finite())
       return add_visible_values<M, Storage>(t, p, rows, panel, b, g, j0);
     const auto add_values = [&](const auto* value, const auto* weight) {
-      matmul<M, true, Start::kAdd>(
-          even(n.dv), vectors, ceil_div(keys, D), value + panel.begin * even(n.dv), even(n.dv) * D,
-          weight + at + panel.row * D, kRows * D, t.out + panel.row, kRows, ahead);
+      multiply_reduced_keys<M, Start::kAdd>(panel, n.dv, value, weight, t.out, ahead);
     };
     add_values(t.value, t.dweight);
     add_values(t.dvalue, t.weight);
@@ -230,6 +228,7 @@ void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t
   using Acc = typename M::Acc;
   const Sizes& n = p.n;
   const auto buffers = thread_buffers<TangentBuffers<M>>(n, tiles);
+  const TileRegisters registers;
   Rows rows[kMostTiles];
   RowFeatures<Acc> features[kMostTiles];  // untouched unless featured
   TileLimits all = no_rows();
@@ -245,17 +244,14 @@ void tangent_group(const TangentParams& p, const RowMap& map, int64_t b, int64_t
       pack_keys<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.d, to);
     };
     const auto values = [&](const void* src, auto* to) {
-      if constexpr (M::kDepth == 2)
-        pack_key_pairs<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.dv, to);
-      else
-        pack_keys<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.dv, to);
+      pack_reduced_keys<M>(static_cast<const Storage*>(src), n, b, g, j0, count, n.dv, to);
     };
     keys(p.k, buffers.key);
     keys(p.dk, buffers.dkey);
     values(p.v, buffers.value);
     values(p.dv, buffers.dvalue);
     const OnceKnown values_are_finite([&] {
-      const int64_t packed = ceil_div(count, M::kDepth) * M::kDepth * even(n.dv);
+      const int64_t packed = reduced_elements<M>(count, n.dv);
       return all_finite(buffers.value, packed) && all_finite(buffers.dvalue, packed);
     });
     Ahead ahead;

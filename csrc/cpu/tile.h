@@ -15,7 +15,9 @@ namespace {
 
 constexpr int64_t kTileKeys = 96;  // keys that are packed at once
 constexpr int kRows = 64;          // query rows of a tile: the lanes of transposed scores
-constexpr int kStripRows = 16;     // rows that compute the same keys of a packed tile
+// Rows that compute the same keys of a packed tile; under a causal mask, too, the keys between the
+// ends of two strips: what AMX reduces over at once.
+constexpr int kStripRows = kHasTiles ? 32 : 16;
 
 constexpr int64_t even(int64_t x) { return x + (x & 1); }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -102,39 +104,48 @@ inline Rows tile_rows(const RowMap& map, const Sizes& n, const MaskSource& mask,
   return rows;
 }
 
-// Rows [row, row + rows) of a tile, whose strips see the same keys [begin, end) of a packed tile:
-// for each strip some row sees the first pair of them, and some row the last. All rows see
-// [full_begin, full_end). Bounds are even, but for the end of an odd number of packed keys.
+// Rows [row, row + rows) of a tile, and keys [begin, end) of a packed tile of which each of their
+// strips may see every pair. All rows see [full_begin, full_end). Bounds are even, but for the end
+// of an odd number of packed keys.
 struct Panel {
   int row, rows;
   int64_t begin, end, full_begin, full_end;
   bool partial() const { return full_begin > begin || full_end < end; }
 };
 
-// Calls body(panel) for all rows of a tile that see any of the keys [j0, j0 + count).
+// Calls body(panel) for all rows of a tile that see any of the keys [j0, j0 + count), keys in
+// order. Keys are cut where a strip begins or ends to see them, so that the stairs of a diagonal
+// are panels as wide as can be.
 template <class Body>
 inline void for_panels(const Rows& rows, int64_t j0, int64_t count, const Body& body) {
-  const auto begin = [&](const TileLimits& t) {
-    return clamp<int64_t>(t.min_lo - j0, 0, count) / 2 * 2;
-  };
-  const auto end = [&](const TileLimits& t) {
-    return clamp<int64_t>(even(t.max_hi - j0), 0, count);
-  };
-  for (int row = 0, next; row < rows.count; row = next) {
-    TileLimits all = rows.strips[row / kStripRows];
-    Panel panel{row, 0, begin(all), end(all), 0, 0};
-    for (next = row + kStripRows; next < rows.count; next += kStripRows) {
-      const TileLimits& strip = rows.strips[next / kStripRows];
-      if (begin(strip) != panel.begin || end(strip) != panel.end) break;
-      all = unite(all, strip);
+  constexpr int kStrips = kRows / kStripRows;
+  const int strips = static_cast<int>(ceil_div(rows.count, kStripRows));
+  int64_t begin[kStrips], end[kStrips], from = count;
+  for (int s = 0; s < strips; ++s) {
+    begin[s] = clamp<int64_t>(rows.strips[s].min_lo - j0, 0, count) / 2 * 2;
+    end[s] = clamp<int64_t>(even(rows.strips[s].max_hi - j0), 0, count);
+    from = min64(from, begin[s]);
+  }
+  for (int64_t to; from < count; from = to) {
+    to = count;
+    for (int s = 0; s < strips; ++s) {
+      if (begin[s] > from) to = min64(to, begin[s]);
+      if (end[s] > from) to = min64(to, end[s]);
     }
-    if (panel.begin >= panel.end) continue;
-    panel.rows = (next < rows.count ? next : rows.count) - row;
-    panel.full_begin = even(clamp<int64_t>(all.max_lo - j0, panel.begin, panel.end));
-    panel.full_end = clamp<int64_t>(all.min_hi - j0, panel.begin, panel.end);
-    if (panel.full_end < panel.end) panel.full_end = panel.full_end / 2 * 2;
-    if (panel.full_begin >= panel.full_end) panel.full_begin = panel.full_end = panel.end;
-    body(panel);
+    const auto sees = [&](int s) { return begin[s] <= from && from < end[s]; };
+    for (int s = 0, next; s < strips; s = next) {
+      next = s + 1;
+      if (!sees(s)) continue;
+      TileLimits all = rows.strips[s];
+      for (; next < strips && sees(next); ++next) all = unite(all, rows.strips[next]);
+      const int row = s * kStripRows;
+      Panel panel{row, (next < strips ? next * kStripRows : rows.count) - row, from, to, 0, 0};
+      panel.full_begin = even(clamp<int64_t>(all.max_lo - j0, from, to));
+      panel.full_end = clamp<int64_t>(all.min_hi - j0, from, to);
+      if (panel.full_end < to) panel.full_end = panel.full_end / 2 * 2;
+      if (panel.full_begin >= panel.full_end) panel.full_begin = panel.full_end = to;
+      body(panel);
+    }
   }
 }
 
@@ -232,6 +243,69 @@ inline void pack_key_pairs(const Storage* src, const Sizes& n, int64_t b, int64_
   for (int64_t j = 0; j < count; j += 2)
     pack_row_pair<M, Storage>(key(j), j + 1 < count ? key(j + 1) : nullptr, width, even(width),
                               dst + j * even(width));
+}
+
+#if defined(__AVX512BF16__)
+// The same transposed: [even(width)][kTileKeys], zeros behind the last key.
+template <class Storage>
+inline void pack_transposed_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g,
+                                 int64_t j0, int64_t count, int64_t width, bf16* dst) {
+  static_assert(sizeof(Storage) == sizeof(bf16) && kTileKeys % 32 == 0);
+  for (int64_t j = 0; j < kTileKeys; j += 32) {
+    for (int64_t c = 0; c < width; c += 16) {
+      const __mmask16 some = width - c < 16 ? (1 << (width - c)) - 1 : 0xffff;
+      const auto columns = [&](int64_t key) {
+        if (key >= count) return _mm512_setzero_si512();
+        const Storage* row = src + ((b * n.sk + j0 + key) * n.g + g) * width + c;
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row));
+      };
+      Vec<float> square[16];  // of pairs of keys
+      for (int u = 0; u < 16; ++u)
+        square[u] = (Vec<float>)_mm512_or_si512(columns(j + 2 * u),
+                                                _mm512_slli_epi32(columns(j + 2 * u + 1), 16));
+      transpose<float>(square);
+      for (int64_t u = 0; u < min64(16, even(width) - c); ++u)
+        __builtin_memcpy(dst + (c + u) * kTileKeys + j, &square[u], sizeof square[u]);
+    }
+  }
+}
+#endif
+
+// What a product reduces over, keys or values: in the form that multiply_reduced_keys takes.
+template <class M, class Storage>
+inline void pack_reduced_keys(const Storage* src, const Sizes& n, int64_t b, int64_t g, int64_t j0,
+                              int64_t count, int64_t width, typename M::T* dst) {
+  if constexpr (M::kTiled)
+    pack_transposed_keys(src, n, b, g, j0, count, width, dst);
+  else if constexpr (M::kDepth == 2)
+    pack_key_pairs<M>(src, n, b, g, j0, count, width, dst);
+  else
+    pack_keys<M>(src, n, b, g, j0, count, width, dst);
+}
+// How many elements of that there are.
+template <class M>
+constexpr int64_t reduced_elements(int64_t count, int64_t width) {
+  return (M::kTiled ? kTileKeys : ceil_div(count, M::kDepth) * M::kDepth) * even(width);
+}
+
+// C [even(width)][kRows] (+)= X^T B for the rows and keys of a panel, X packed so, B
+// [keys / depth][kRows][depth].
+template <class M, Start kStart>
+inline void multiply_reduced_keys(const Panel& panel, int64_t width, const typename M::T* packed,
+                                  const typename M::T* b, typename M::Acc* c, Ahead& ahead,
+                                  const typename M::Acc* rescale = nullptr) {
+  constexpr int D = M::kDepth;
+  const int64_t vectors = ceil_div(panel.rows, kLanes<typename M::Acc>),
+                steps = ceil_div(panel.end - panel.begin, D);
+  const auto multiply = [&](auto transposed, const typename M::T* a, int64_t pitch) {
+    matmul<M, transposed.value, kStart>(even(width), vectors, steps, a, pitch,
+                                        b + panel.begin * kRows + panel.row * D, kRows * D,
+                                        c + panel.row, kRows, ahead, rescale);
+  };
+  if constexpr (M::kTiled)
+    multiply(std::false_type{}, packed + panel.begin, kTileKeys);
+  else
+    multiply(std::true_type{}, packed + panel.begin * even(width), even(width) * D);
 }
 
 // Has keys or values [j0, j0 + count) asked for, which are packed next.

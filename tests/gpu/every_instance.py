@@ -1,9 +1,10 @@
 """Calls each instance of the Hopper kernels once, on the smallest shapes that fill several tiles.
 
-A program of its own, for compute-sanitizer: python tests/gpu/every_instance.py
+A program of its own, for compute-sanitizer: python tests/gpu/every_instance.py [head dim ...]
 """
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,14 @@ def call(d: int, dtype: str, options: dict, deterministic: bool) -> None:
     jax.block_until_ready(jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*arrays))
 
 
-def main() -> None:
+def main(head_dims: list[int]) -> None:
+    """Of these head dims."""
     count = 0
-    for d, dtype, options in itertools.product(
-        (64, 96, 128, 192, 256), ("bfloat16", "float16"), OPTIONS
-    ):
+    for d, dtype, options in itertools.product(head_dims, ("bfloat16", "float16"), OPTIONS):
         call(d, dtype, options, deterministic=count % 2 == 0)
         count += 1
     print(f"{count} instances on {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":
-    main()
+    main([int(d) for d in sys.argv[1:]] or [64, 96, 128, 192, 256])

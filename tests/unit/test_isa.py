@@ -6,7 +6,7 @@ from support import programs
 NO_KERNELS = "JAX_FLASHATTN_CPU_ISA"
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_instruction_set(isa, tmp_path):
     """A small grid in a process of its own; a set this CPU lacks must say so."""
     found = programs.run("isa", tmp_path / "out.npz", JAX_FLASHATTN_CPU_ISA=isa)

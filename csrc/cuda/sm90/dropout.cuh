@@ -42,9 +42,8 @@ __device__ __forceinline__ uint4 dropout_stream(const Features& f, int64_t head)
 }
 
 // The Philox calls of a row, which differ in the counter's second word. Of the first three rounds'
-// six products four have nothing of it: they are made once. Rounds beyond kRoundsAtOnce are not
-// unrolled: ptxas keeps the keys of all that are, and where registers are few it spills them.
-template <int kRoundsAtOnce>
+// six products four have nothing of it: they are made once. No more than two rounds are unrolled:
+// ptxas keeps the keys of all that are, and where registers are few it spills them.
 class RowCalls {
  public:
   __device__ RowCalls(const uint4& stream, uint32_t position) : key0_(stream.x), key1_(stream.y) {
@@ -72,7 +71,7 @@ class RowCalls {
     x[2] = low ^ same(third2_);
     x[3] = same(third3_);
     Lanes<kCount> round_key0 = same(key0(3)), round_key1 = same(key1(3));
-#pragma unroll kRoundsAtOnce
+#pragma unroll 2
     for (int round = 3; round < kPhiloxRounds; ++round) {
       philox_round(x, round_key0, round_key1, multiply);
       round_key0 = round_key0 + kPhiloxStep0;
@@ -89,7 +88,6 @@ class RowCalls {
 };
 
 // Flags of a row, word after word. What 1024 columns share is kept as long as it serves.
-template <int kRoundsAtOnce>
 class DroppedRow {
  public:
   __device__ DroppedRow(const uint4& stream, int position)
@@ -119,7 +117,7 @@ class DroppedRow {
   }
 
  private:
-  RowCalls<kRoundsAtOnce> calls_;
+  RowCalls calls_;
   uint32_t group_ = ~0u;
   SharedBits<uint32_t> shared_;
 };

@@ -23,8 +23,8 @@ __device__ void make_flags(const ForwardParams& p, const KeepBits& keep, Forward
     const int group = (warpgroup + 1 + tile.uses) % 2;  // its rows in this tile (take_tile)
     int begin, end;
     block_range<S>(info, group, &begin, &end);
-    DroppedRow<2> dropped(dropout_stream(p.features, head_index(p.n, info.at)),
-                          smem.rows[at].position[64 * group + row]);
+    DroppedRow dropped(dropout_stream(p.features, head_index(p.n, info.at)),
+                       smem.rows[at].position[64 * group + row]);
     __syncwarp();
     if (leader) ptx::barrier_arrive(&smem.info_empty[at]);
 #pragma unroll 1
