@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -22,6 +24,16 @@ def _cpu_model() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def _gpu_state() -> list[dict]:
+    """Clocks and power of each GPU, as they are right after the run; empty without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,enforced.power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [dict(zip(query.split(","), line.split(", "))) for line in lines.splitlines()]
 
 
 def source_hash() -> str:
@@ -46,6 +58,7 @@ def environment() -> dict:
         "versions": versions,
         "cpu": _cpu_model(),
         "devices": [d.device_kind for d in jax.devices()],
+        "gpus": _gpu_state(),
         "cores": len(os.sched_getaffinity(0)),
         "csrc": source_hash(),
     }
