@@ -292,7 +292,7 @@ def rounding_floors(
 
     Sums may run in any order (one of n terms is off by about sqrt(n) roundings), scores carry
     rounding into P, dP - delta cancels, and delta is made from an out that is rounded to the test
-    dtype.
+    dtype, and summed from probabilities that may be.
     """
     dtype = arrays["query"].dtype
     step = 16 * 2.0**-52 if dtype == np.float64 else 2.0**-23
@@ -307,6 +307,7 @@ def rounding_floors(
     p, lse = _softmax(score + added, see[:, None], features.sinks)
     factor = features.factor(np.float64)
     term = np.abs((p * factor) @ v) * np.abs(dout)  # of delta
+    by_key = np.linalg.norm(p * factor * (dout @ transposed(v)), axis=-1, keepdims=True)
     q, k, v, dout = (np.abs(x) for x in (q, k, v, dout))
 
     score = abs(scale) * (q @ transposed(k)) + np.abs(added)  # size of its terms
@@ -315,7 +316,7 @@ def rounding_floors(
     dp = (dout @ transposed(v)) * factor + term.sum(-1, keepdims=True) + dlse
     p_noise = step * (2 + np.sqrt(q.shape[-1]) / 4) * p * (2 + score)
     ds = p_noise * dp + 2 * step * p * dp
-    ds += p * eps * np.sqrt((term**2).sum(-1, keepdims=True))
+    ds += p * eps * (np.sqrt((term**2).sum(-1, keepdims=True)) + by_key / 2)
     floors = {
         "out": (p_noise * factor) @ v,
         "lse": 4 * step * score,
