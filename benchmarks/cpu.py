@@ -90,7 +90,7 @@ def _cell(dtype: str, d: int, s: int, causal: bool, seconds: float) -> list[dict
 
 
 def speed(seconds: float) -> None:
-    """The grid of figures: prints a line per cell and the medians, writes results/cpu.json."""
+    """The grid of figures: prints a line per cell and the medians, writes results/cpu(_amx).json."""
     import torch
 
     torch.set_num_threads(record.environment()["cores"])
@@ -108,7 +108,7 @@ def speed(seconds: float) -> None:
                             flush=True,
                         )
     print_summary(rows)
-    print("written", record.write("cpu", rows))
+    print("written", record.write_cpu("cpu", rows))
 
 
 def print_summary(rows: list[dict]) -> None:

@@ -74,7 +74,7 @@ def calls(dtype: str, options: dict, arguments: dict) -> dict[str, Callable]:
 
 
 def features(seconds: float, chosen: str = "") -> None:
-    """Time over that of causal, per visible score: results/cpu_features.json if all are run."""
+    """Time over causal per visible score: results/cpu_features(_amx).json if all are run."""
     rows = []
     for dtype in DTYPES:
         plain = calls(dtype, {}, {})
@@ -90,4 +90,4 @@ def features(seconds: float, chosen: str = "") -> None:
                 rows[-1] |= {"milliseconds": milliseconds}
                 print(f"{dtype:9} {name:18} {mode:17} x{cost:<6} {milliseconds}", flush=True)
     if not chosen:
-        print("written", record.write("cpu_features", rows))
+        print("written", record.write_cpu("cpu_features", rows))

@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import jax
 
+from jax_flashattn import _native
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax_flashattn", "jax", "jaxlib", "torch", "tokamax", "numpy")
@@ -32,8 +34,9 @@ def _gpu_state() -> list[dict]:
         return []
     query = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,enforced.power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [dict(zip(query.split(","), line.split(", "))) for line in lines.splitlines()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines() if done.returncode == 0 else []  # no driver: no GPU
+    return [dict(zip(query.split(","), line.split(", "))) for line in lines]
 
 
 def source_hash() -> str:
@@ -62,6 +65,12 @@ def environment() -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "csrc": source_hash(),
     }
+
+
+def write_cpu(name: str, rows: list[dict]) -> pathlib.Path:
+    """As write, but results/<name>_amx.json where bfloat16 runs on AMX."""
+    has_amx = _native.modules["cpu"].instruction_set() == "amx"
+    return write(f"{name}_amx" if has_amx else name, rows)
 
 
 def write(name: str, rows: list[dict]) -> pathlib.Path:

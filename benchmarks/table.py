@@ -20,7 +20,7 @@ def _row(name: str, rows: list[dict]) -> str:
 
 
 def cpu_tables() -> str:
-    """Markdown: a table for each machine; cpu_amx.json is what cpu.json becomes on one with AMX."""
+    """Markdown: a table for a machine without and for one with AMX."""
     return "\n\n".join(_cpu_table(name) for name in ("cpu", "cpu_amx"))
 
 
