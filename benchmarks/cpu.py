@@ -90,7 +90,7 @@ def _cell(dtype: str, d: int, s: int, causal: bool, seconds: float) -> list[dict
 
 
 def speed(seconds: float) -> None:
-    """The grid of figures: prints a line per cell and the medians, writes results/cpu(_amx).json."""
+    """The grid of figures: a line per cell and the medians; writes results/cpu(_amx).json."""
     import torch
 
     torch.set_num_threads(record.environment()["cores"])
