@@ -101,9 +101,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     if (thread % 32 == 0) ptx::barrier_arrive(&smem.key_empty[key.index()]);
     key.next();
   };
-  const auto release_value = [&] {
-    if (thread % 32 == 0) ptx::barrier_arrive(&smem.value_empty[value.index()]);
-    value.next();
+  const auto release_value = [&](int i) {
+    if (thread % 32 == 0) ptx::barrier_arrive(&smem.value_empty[i]);
   };
   const auto skip = [&](int count) {
 #pragma unroll 1
@@ -111,7 +110,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
       release_key();
       ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-      release_value();
+      release_value(value.index());
+      value.next();
     }
   };
 
@@ -172,20 +172,27 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     return more;
   };
 
-  bool key_here = false, value_here = false;  // asked ahead of need
-  const auto ask_key = [&] {
-    key_here = ptx::barrier_test(&smem.key_full[key.index()], key.parity());
+  const auto wait_for_key = [&] { ptx::barrier_wait(&smem.key_full[key.index()], key.parity()); };
+  const auto wait_for_value = [&] {
+    ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
   };
-  const auto ask_value = [&] {
-    value_here = ptx::barrier_test(&smem.value_full[value.index()], value.parity());
+  constexpr int kPlaceBytes = sizeof smem.key[0];
+  const ptx::Operand first_key = ptx::operand(smem.key[0]),
+                     first_value = ptx::operand(smem.value[0], S::kKeys * 128);
+  const auto query_operand = [&] {
+    return ptx::operand(smem.query[query.index()] + 64 * tile.group * kChunk);
   };
-  Side side = kNeither;  // of the block whose scores were asked for last
+  ptx::Operand query_rows;  // kAdvances: of this tile
+  Side side = kNeither;     // of the block whose scores were asked for last
   struct ScoreOperands {
     ptx::Operand query, key, side, distance;
   };
   const auto score_operands = [&](int block) -> ScoreOperands {
-    ScoreOperands operands{ptx::operand(smem.query[query.index()] + 64 * tile.group * kChunk),
-                           ptx::operand(smem.key[key.index()])};
+    ScoreOperands operands;
+    if constexpr (S::kAdvances)
+      operands = {query_rows, ptx::advanced(first_key, key.index() * kPlaceBytes)};
+    else
+      operands = {query_operand(), ptx::operand(smem.key[key.index()])};
     if constexpr (S::kInProduct) {
       side = side_of<S>(rows.keys, tile, block);
       operands.side = ptx::operand(smem.side + 16 * side);
@@ -194,7 +201,6 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     return operands;
   };
   const auto scores = [&](const ScoreOperands& operands) {
-    if (!key_here) ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
     ptx::pin(rows.score);
     ptx::wgmma_fence();
     issue_scores<S>(rows.score, operands.query, operands.key);
@@ -205,8 +211,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   // A tile's first; no product is in flight.
   const auto first_scores = [&] {
+    if constexpr (S::kAdvances) query_rows = query_operand();
     skip(tile.begin);
-    key_here = false;
+    wait_for_key();
     scores(score_operands(tile.begin));
   };
   const auto scores_done = [&] {
@@ -215,7 +222,9 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   // Registers that a product reads may not be written while it is in flight, so exponentials are
   // rounded into others as they come. `zero` hides from ptxas that these are copies: it would
-  // merge both, and the product in flight would read the next block's numbers. kSerial: none is.
+  // merge both, and the product in flight would read the next block's numbers. That it comes from a
+  // reduction keeps the copies behind the scores' product, which starts at once; without, ptxas
+  // puts them between its instructions. kSerial: none is in flight.
   Probabilities<S> probability, rounded;
   [[maybe_unused]] Probabilities<S>& newest = S::kSerial ? probability : rounded;
   [[maybe_unused]] Ring<kFlagStages> flags;
@@ -234,10 +243,11 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   const auto take_probabilities = [&] {
     if constexpr (S::kRoundsEarly) {
+      const uint32_t zero = __reduce_or_sync(0xffffffffu, scale.zero);
 #pragma unroll
       for (int k = 0; k < S::kKeys / 16; ++k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ scale.zero;
+        for (int i = 0; i < 4; ++i) probability[k][i] = rounded[k][i] ^ zero;
       }
     } else if constexpr (!S::kSerial) {
       take_flags();
@@ -245,18 +255,24 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       release_flags();
     }
   };
-  const auto outputs = [&](int block) {
-    const ptx::Operand values = ptx::operand(smem.value[value.index()], S::kKeys * 128);
-    if (!value_here) ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-    const int first = tile.first_key + block * S::kStep;
-    if (__any_sync(0xffffffffu, first + S::kKeys > tile.end_key)) {
-      zero_values<S>(smem.value[value.index()], tile.end_key - first);
-      ptx::named_sync(1 + warpgroup, 128);
+  // `last`: of its tile. Only that block may hold keys that no row sees, or walked down the first.
+  // Where a softcap leaves no room for kQuick it costs nothing to look, and saves spills.
+  const auto outputs = [&](auto last, int block) {
+    const ptx::Operand values = S::kAdvances
+                                    ? ptx::advanced(first_value, value.index() * kPlaceBytes)
+                                    : ptx::operand(smem.value[value.index()], S::kKeys * 128);
+    if constexpr (last.value || S::kStep < 0 || (S::kCapped && !S::kQuick)) {
+      const int first = tile.first_key + block * S::kStep;
+      if (__any_sync(0xffffffffu, first + S::kKeys > tile.end_key)) {
+        zero_values<S>(smem.value[value.index()], tile.end_key - first);
+        ptx::named_sync(1 + warpgroup, 128);
+      }
     }
     ptx::pin(rows.out);
     ptx::pin(probability);
     ptx::wgmma_fence();
     issue_output<S>(rows.out, probability, values);
+    value.next();
   };
   // The wait for a product stands at the top of the next turn, unless kSerial: within one stretch
   // of code ptxas moves it in front of the softmax, and with it the overlap away.
@@ -264,17 +280,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     ptx::wgmma_wait<0>();
     ptx::pin(rows.out);
     ptx::pin(probability);
-    if (issued) release_value();
+    if (issued) release_value((value.uses - 1) % S::kStages);
   };
   // kInTurn: while the other warpgroup's warp on the same tensor core issues products, this one
   // does not, so that one's come while the other works on its scores. No lock: both may pass at
-  // once, and nobody waits for long. What else must be waited for comes first.
+  // once, and nobody waits for long. What else must be waited for has come.
   const auto begin_products = [&] {
     if constexpr (S::kInTurn) {
       constexpr int kLooks = 200;
-      if (!key_here) ptx::barrier_wait(&smem.key_full[key.index()], key.parity());
-      if (!value_here) ptx::barrier_wait(&smem.value_full[value.index()], value.parity());
-      key_here = value_here = true;
       ptx::wait_while_set(&smem.issuing[1 - warpgroup][thread / 32], kLooks);
       ptx::set_word(&smem.issuing[warpgroup][thread / 32], 1);
     }
@@ -284,9 +297,14 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   // What is known of a block before its scores are there.
   bool special = false;  // more is to be done than the softmax
+  // kQuick: all rows have a reference, and the last search for maxima left it as it was. With a
+  // softcap, too, no block of the tile that was tried without a search had to be searched after
+  // all.
+  [[maybe_unused]] bool steady = false, hopeful = true;
+  bool busy = false;  // special or, if kQuick, not steady
   const auto prepare = [&](int block) {
     const int first = tile.first_key + block * S::kStep;
-    bool rare = first < tile.full_from || first > tile.full_to;
+    bool rare = first < tile.full_from || first > tile.full_to || scale.sign != 1;
     if constexpr (S::kInProduct) {
       rare |= side == kNeither;
       const int* position = smem.rows[place.index()].position;
@@ -299,34 +317,17 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       rare |= rows.slope != 0;
     }
     special = __any_sync(0xffffffffu, rare);
+    busy = S::kQuick ? __any_sync(0xffffffffu, rare || !steady) : special;
   };
   float correction[2];
-  // kQuick: all rows have a reference, and the last search for maxima left it as it was. With a
-  // softcap, too, no block of the tile that was tried without a search had to be searched after
-  // all.
-  [[maybe_unused]] bool steady = false, hopeful = true;
-  const auto is_quick = [&] {
-    if constexpr (S::kQuick) {
-      if (!steady) return false;
-      if (quick_softmax<S>(rows, scale, newest)) {
-        rows.moved = false;
-        release_flags();
-        ptx::pin(newest);
-        return true;
-      }
-      hopeful = !S::kPolynomial;
-    }
-    return false;
-  };
-  const auto exponentials = [&](int block) {
-    if (!S::kStaged && block == tile.end - 1) release_query();
-    if constexpr (S::kRoundsEarly) take_flags();
-    if constexpr (S::kPolynomial) {
-      if (!special && scale.sign == 1 && is_quick()) return;
-    }
+  const auto cap = [&] {
     if constexpr (S::kCapped) {
       if (scale.capped) cap_scores<S>(rows, scale.factor);
     }
+  };
+  // What a block that is busy needs before its exponentials.
+  const auto shape = [&](int block) {
+    if constexpr (S::kPolynomial) cap();
     if (scale.sign != 1) apply_sign<S>(rows, scale.sign);
     if (special) {
       const int first = tile.first_key + block * S::kStep;
@@ -348,7 +349,28 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       if (__any_sync(0xffffffffu, first < tile.full_from || first > tile.full_to))
         apply_mask<S>(rows, limits, tile.group, first);
     }
-    if (!S::kPolynomial && is_quick()) return;
+  };
+  const auto exponentials = [&](int block) {
+    if (!S::kStaged && block == tile.end - 1) release_query();
+    if constexpr (S::kRoundsEarly) take_flags();
+    if constexpr (!S::kPolynomial) cap();
+    bool quick = S::kQuick;
+    if (__builtin_expect(busy, false)) {
+      shape(block);
+      quick = steady && !S::kPolynomial;
+    }
+    if constexpr (S::kQuick) {
+      if (quick) {
+        if (__builtin_expect(quick_softmax<S>(rows, scale, newest), true)) {
+          rows.moved = false;
+          release_flags();
+          ptx::pin(newest);
+          return;
+        }
+        if constexpr (S::kPolynomial) cap();
+        hopeful = !S::kPolynomial;
+      }
+    }
     softmax<S>(rows, scale.exponent, correction);
     if constexpr (S::kQuick)
       steady = hopeful && (block == tile.begin || !rows.moved) &&
@@ -361,22 +383,25 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
   };
   // From the scores of a tile's first block to the issue of its last product.
   const auto work = [&] {
-    ask_key();
-    steady = false;
-    hopeful = true;
     exponentials(tile.begin);
     if constexpr (S::kStaged) release_query();
 #pragma unroll
     for (int i = 0; i < S::kD / 2; ++i) rows.out[i] = 0;
     for (int n = tile.begin + 1; n < tile.end; ++n) {
+      const bool key_here = ptx::barrier_test(&smem.key_full[key.index()], key.parity());
+      const bool value_here = ptx::barrier_test(&smem.value_full[value.index()], value.parity());
       const ScoreOperands operands = score_operands(n);  // early, for their latency
       if constexpr (!S::kSerial) outputs_done(n > tile.begin + 1);
-      ask_value();
-      take_probabilities();
+      if constexpr (!S::kRoundsEarly) take_probabilities();
+      if (__any_sync(0xffffffffu, !key_here || !value_here)) {
+        wait_for_key();
+        wait_for_value();
+      }
       begin_products();
       scores(operands);
       if (rows.moved) scale_output<S>(rows, correction);
-      outputs(n - 1);
+      if constexpr (S::kRoundsEarly) take_probabilities();
+      outputs(std::false_type(), n - 1);
       end_products();
       prepare(n);
       if constexpr (S::kSerial)
@@ -384,14 +409,13 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
       else
         ptx::wgmma_wait<1>();
       scores_done();
-      ask_key();
       exponentials(n);
     }
     if constexpr (!S::kSerial) outputs_done(tile.end > tile.begin + 1);
-    ask_value();
+    wait_for_value();
     take_probabilities();
     if (rows.moved) scale_output<S>(rows, correction);
-    outputs(tile.end - 1);
+    outputs(std::true_type(), tile.end - 1);
   };
 
   float factor[2];
@@ -413,6 +437,8 @@ __device__ void consume(const ForwardMaps& maps, const ForwardParams& p, ScoreSc
     int done, group, buffer;  // of the tile whose output is to be written
     bool taken;               // the tile behind it
     for (;;) {
+      steady = false;
+      hopeful = true;
       prepare(tile.begin);
       ptx::wgmma_wait<0>();
       scores_done();

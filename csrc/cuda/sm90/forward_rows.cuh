@@ -209,11 +209,13 @@ __device__ __forceinline__ bool quick_softmax(Rows<S>& rows, const ScoreScale& s
     if constexpr (S::kInProduct) reference[h] -= rows.offset[h] * scale.exponent;
   }
   [[maybe_unused]] int largest = 0;  // bits of a square, which order like integers
+  // Beside a softcap in three stages, each some pairs behind the one before, for their latency.
+  constexpr int kPairs = S::kKeys / 4, kLag = S::kPolynomial ? 2 : 0, kRing = 2 * kLag + 1;
+  float exponent[kRing][2];
 #pragma unroll
-  for (int k = 0; k < S::kKeys / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float s = rows.score[8 * k + 2 * i], t = rows.score[8 * k + 2 * i + 1];
+  for (int n = 0; n < kPairs + 2 * kLag; ++n) {
+    if (n < kPairs) {
+      const float s = rows.score[2 * n], t = rows.score[2 * n + 1];
       float s_factor = scale.exponent, t_factor = scale.exponent;
       if constexpr (S::kPolynomial) {
         const float s2 = s * s, t2 = t * t;
@@ -221,11 +223,17 @@ __device__ __forceinline__ bool quick_softmax(Rows<S>& rows, const ScoreScale& s
         s_factor = (scale.odd[2] * s2 + scale.odd[1]) * s2 + scale.odd[0];
         t_factor = (scale.odd[2] * t2 + scale.odd[1]) * t2 + scale.odd[0];
       }
-      const float x = ptx::exp2_approx(s * s_factor - reference[i % 2]);
-      const float y = ptx::exp2_approx(t * t_factor - reference[i % 2]);
-      sum[i % 2] += x;
-      sum[i % 2] += y;
-      to[k][i] = probability_pair<S>(rows, x, y, k, i);
+      exponent[n % kRing][0] = s * s_factor - reference[n % 2];
+      exponent[n % kRing][1] = t * t_factor - reference[n % 2];
+    }
+    if (const int m = n - kLag; m >= 0 && m < kPairs) {
+      for (float& x : exponent[m % kRing]) x = ptx::exp2_approx(x);
+    }
+    if (const int m = n - 2 * kLag; m >= 0) {
+      const float(&x)[2] = exponent[m % kRing];
+      sum[m % 2] += x[0];
+      sum[m % 2] += x[1];
+      to[m / 4][m % 4] = probability_pair<S>(rows, x[0], x[1], m / 4, m % 4);
     }
   }
   bool serves = sum[0] <= kMostSum && sum[1] <= kMostSum;

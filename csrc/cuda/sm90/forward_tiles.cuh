@@ -53,6 +53,9 @@ struct ForwardShape {
   static constexpr int kStep = kInProduct ? -kKeys : kKeys;
   // Where softmax takes longest, two warpgroups issue products in turn.
   static constexpr bool kInTurn = kPolynomial || kDropout;
+  // Operands are advanced from those of the first places, where ptxas keeps these in uniform
+  // registers.
+  static constexpr bool kAdvances = kQuick && !kInTurn && kD <= 128;
   static_assert(registers_fit(kThreads / 128,
                               kProducerRegisters + kFlagRegisters + kGroups * kConsumerRegisters));
 };
