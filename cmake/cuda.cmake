@@ -84,7 +84,7 @@ cuda_object(append csrc/cuda/append.cu SPILLS 0
 set(HOPPER -gencode=arch=compute_90a,code=sm_90a)
 set(HEAD_DIMS 64 96 128 192 256)
 set(SPILLS_forward 32 32 208 192 96)
-set(SPILLS_backward 448 160 176 208 240)
+set(SPILLS_backward 336 128 128 176 240)
 foreach(d spills_forward spills_backward IN ZIP_LISTS HEAD_DIMS SPILLS_forward SPILLS_backward)
   foreach(pass forward backward)
     cuda_object(sm90_${pass}_${d} csrc/cuda/sm90/${pass}.cu SPILLS ${spills_${pass}}

@@ -17,6 +17,7 @@ OPTIONS = (
     {"softcap": 5.0, "alibi": True},
     {"softcap": 5.0},
     {"dropout_rate": 0.2, "alibi": True, "causal": True},
+    {"dropout_rate": 0.2},
     {"segment_ids": True, "window": (70, 0)},
 )
 

@@ -90,6 +90,10 @@ VARIANTS = (
     BASE.replace(d=96, dv=96, dropout=0.1, causal=True),
     BASE.replace(d=128, dv=128, dropout=0.3, alibi="h"),
     BASE.replace(d=256, dv=256, dropout=0.3, causal=True),
+    BASE.replace(dropout=0.2, causal=True, left=70),
+    BASE.replace(d=192, dv=192, dropout=0.2),
+    BASE.replace(d=128, dv=128, sk=300, layout="segments",
+                 lengths_q=((100, 1, 64, 100), (300,)), dropout=0.3),
     # ALiBi alone walks blocks downwards: masks that begin and end anywhere.
     BASE.replace(d=128, dv=128, alibi="h", interval="random"),
     BASE.replace(sk=300, layout="segments", lengths_q=((100, 1, 64, 100), (300,)), alibi="h"),
@@ -287,8 +291,10 @@ def test_scores_that_outgrow_the_first_block(instance, dtype, d, growth, causal,
 POISONED = (
     VARIANTS[4].replace(poison="tail"),
     BASE.replace(layout="lengths", lengths_q=(1, 200), lengths_k=(3, 127), poison="tail"),
+    BASE.replace(d=128, dv=128, layout="lengths", lengths_q=(300, 129), lengths_k=(65, 260),
+                 poison="tail"),
     BASE.replace(sk=300, layout="segments", lengths_q=((200,), (64, 65)), poison="tail"),
-)
+)  # fmt: skip
 
 
 @cases(*(case.replace(dtype=dtype) for case in POISONED for dtype in DTYPES))

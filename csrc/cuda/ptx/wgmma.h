@@ -96,11 +96,10 @@ static __device__ __forceinline__ float tanh_approx(float x) {
 }
 
 // Four 8x8 matrices of 16-bit elements from an accumulator-shaped fragment to shared memory.
-static __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-      : "memory");
+static __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 
 }  // namespace jax_flashattn::cuda::ptx

@@ -92,9 +92,12 @@ std::string launch_extent(const BackwardParams& p, const Device& device, cudaStr
     case Extent::kPlain:
       return launch<TunedBackward<T, kD, kInTurn, Extent::kPlain>>(p, device, stream);
     case Extent::kDistances:
+      return launch<TunedBackward<T, kD, kInTurn, Extent::kDistances>>(p, device, stream);
     case Extent::kScores:
       return launch<TunedBackward<T, kD, kInTurn, Extent::kScores>>(p, device, stream);
     default:
+      if (p.features.softcap == 0 && !p.features.slopes)
+        return launch<TunedBackward<T, kD, kInTurn, Extent::kDropoutAlone>>(p, device, stream);
       return launch<TunedBackward<T, kD, kInTurn, Extent::kDropout>>(p, device, stream);
   }
 }

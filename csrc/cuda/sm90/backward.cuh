@@ -3,7 +3,8 @@
 // Block: a loading warp and two consumer warpgroups of 64 keys each. dK and dV stay in
 // registers; P^T and dS^T are register operands of dV += P^T dO and dK += dS^T Q. dS^T also goes to
 // shared memory for dQ = dS K, which lags a step behind and is added to global memory from
-// registers.
+// registers. What a step needs from shared memory, and leaves there, takes some 200 clocks beside
+// the products' operands, so where registers allow it is fetched ahead and stored behind them.
 #pragma once
 
 #include "cuda/sm90/backward_dropout.cuh"
@@ -29,14 +30,16 @@ template <class S>
 __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
                         const ScoreShape& shape, NarrowSmem<S>& smem, int group) {
   using T = typename S::T;
-  const int thread = threadIdx.x % 128, lane = thread % 32;
+  // Kept in a register, or, where there is none, asked for again in every step.
+  const int thread = (S::kCapped ? threadIdx.x : ptx::thread_index()) % 128, lane = thread % 32;
   const float kept_factor = S::kDropout ? static_cast<float>(kept_scale(p.features)) : 1.0f;
   const float dk_factor =
       static_cast<float>(p.scale) * (S::kDropout ? gradient_scale(p.features) : 1.0f);
   const int key_of_tile = 64 * group + thread / 32 * 16 + lane / 4;
   const int tiles = static_cast<int>((p.n.sq + S::kRows - 1) / S::kRows);
   static_assert(S::kPieces == 2 && S::kKeys == 128);
-  constexpr bool kRoundEarly = S::kRows == 64 && !S::kShaped;  // where registers allow
+  constexpr bool kAhead = S::kRows == 64;  // where registers allow
+  constexpr bool kLoadsAhead = kAhead && !(S::kCapped && S::kDropout);
   Ring<S::kStages> ring;
   Ring<S::kKeyStages> key_ring;
   KeyRows<S> t;
@@ -44,18 +47,27 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
   int key;  // this thread's first
   constexpr bool kSplitColumns = S::kRows == 64;
   ptx::Operand key_rows, value_rows, key_columns;
+  // Of the first stage; `at` has those of another.
+  constexpr int kTileBytes = S::kRows * S::kWidth * 2, kScoreBytes = S::kKeys * S::kRows * 2;
+  const ptx::Operand query_rows = ptx::operand(smem.query[0]),
+                     query_columns = ptx::operand(smem.query[0], S::kRows * 128),
+                     dout_rows = ptx::operand(smem.dout[0]),
+                     dout_columns = ptx::operand(smem.dout[0], S::kRows * 128),
+                     dscore_rows = ptx::operand(smem.dscore[0] +
+                                                (kSplitColumns ? 0 : group * S::kKeys * kChunk));
+  const auto at = [](ptx::Operand first, int stage) {
+    return ptx::advanced(first, stage * kTileBytes);
+  };
 
   const auto issue_scores = [&] {
     ptx::pin(t.score);
     ptx::wgmma_fence();
-    issue_dot<S, S::kRows>(t.score, key_rows, S::kKeys, ptx::operand(smem.query[ring.index()]),
-                           S::kRows);
+    issue_dot<S, S::kRows>(t.score, key_rows, S::kKeys, at(query_rows, ring.index()), S::kRows);
   };
 
   // dQ lags a step behind: the other warpgroup's part of dS^T is then long there.
   const auto issue_dq = [&](int turn) {
-    const ptx::Operand dscore =
-        ptx::operand(smem.dscore[turn & 1] + (kSplitColumns ? 0 : group * S::kKeys * kChunk));
+    const ptx::Operand dscore = ptx::advanced(dscore_rows, (turn & 1) * kScoreBytes);
 #pragma unroll
     for (int k = 0; k < S::kKeys / 16; ++k)
       ptx::WgmmaShared<T, 64, 1, 1>::issue(t.dq, ptx::advanced(dscore, k * 16 * 128),
@@ -65,7 +77,14 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
   int turn = 0, turns = 0;  // steps, pieces of dQ
   const auto finish_dq = [&](int turn, int64_t tile) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
-    add_piece<S>(w, tile * 2 + group, t.dq, smem, group, turns);
+    add_piece<S>(w, tile * 2 + group, t.dq, smem, group, turns, thread);
+  };
+  const auto store_dscore = [&] {
+    ptx::barrier_wait(&smem.dscore_empty[turn & 1], (turn >> 1 & 1) ^ 1);
+    store_fragment<S::kKeys>(smem.dscore[turn & 1], 64 * group, t.dscore, thread);
+    ptx::proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[turn & 1]);
   };
 
   Step step = wait_for_step<S>(smem, ring, group);
@@ -89,11 +108,15 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
     Step next;
     for (;; ++turn) {
       const int s = ring.index();
+      RowNumbers<kLoadsAhead, float, S::kRows / 2> lse(smem.statistics[s][0], thread),
+          delta(smem.statistics[s][1], thread);
+      RowNumbers<kLoadsAhead && !S::kCapped, int, S::kRows / 2> positions(
+          smem.limits[s][S::kLimits - 1], thread);
+      lse.load();
       ptx::barrier_wait(&smem.dout_full[s], ring.parity());
       ptx::pin_dead(t.dprobability);
       ptx::wgmma_fence();
-      issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, ptx::operand(smem.dout[s]),
-                             S::kRows);
+      issue_dot<S, S::kRows>(t.dprobability, value_rows, S::kKeys, at(dout_rows, s), S::kRows);
       [[maybe_unused]] uint32_t keep[S::kRows / 64];
       if constexpr (S::kDropout) {
         ptx::barrier_wait(&smem.flags_full[s], ring.parity());
@@ -102,14 +125,12 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
         if (lane == 0) ptx::barrier_arrive(&smem.flags_empty[s]);
       }
       const auto kept = [&](int i) { return !S::kDropout || stays(keep, i); };
-      const auto round_probabilities = [&] {
-        round_elements<T>([&](int i) { return kept(i) ? t.score[i] : 0.0f; }, t.probability);
-      };
-      const Distances distances = distances_of<S>(smem, s, step, keys, key);
+      if constexpr (S::kShaped) positions.load();
+      const auto distances = distances_of(step, keys, key, positions);
       ptx::wgmma_wait<1>();
       ptx::pin(t.score);
       // The softcap's derivative, where registers allow, in those of a dS^T that is done with.
-      constexpr bool kKeepsSteepness = S::kShaped && S::kRows == 64;
+      constexpr bool kKeepsSteepness = S::kCapped && S::kRows == 64;
       const auto keep_steepness = [&] {
         if constexpr (kKeepsSteepness) {
           if (shape.cap == 0) return;
@@ -122,28 +143,24 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
               t.dscore);
         }
       };
-      make_probabilities<S>(t.score, shape, distances, smem, s, step, key, keep_steepness);
-      if constexpr (kRoundEarly) round_probabilities();
+      make_probabilities<S>(t.score, shape, distances, lse, smem, s, step, key, keep_steepness);
+      delta.load();
       ptx::wgmma_wait<0>();
       ptx::pin(t.dprobability);
       const auto probability = [&](int i) { return t.score[i]; };
-      score_gradients<S>(t.dprobability, probability, kept, smem.statistics[s][1], step.partial);
+      score_gradients<S>(t.dprobability, probability, kept, delta, step.partial);
       if constexpr (kKeepsSteepness) {
         if (shape.cap != 0) {
 #pragma unroll
           for (int i = 0; i < S::kRows / 2; ++i)
             t.dprobability[i] *= ptx::unpack(t.dscore[i / 8][i % 8 / 2], i % 2, __half());
         }
-      } else if constexpr (S::kShaped) {
-        softcap_gradients(t.dprobability, probability, smem.statistics[s][0], shape, distances);
+      } else if constexpr (S::kCapped) {
+        softcap_gradients(t.dprobability, probability, lse, shape, distances);
       }
-      if constexpr (!kRoundEarly) round_probabilities();
+      round_elements<T>([&](int i) { return kept(i) ? t.score[i] : 0.0f; }, t.probability);
       round_fragment<T>(t.dprobability, t.dscore);
-      ptx::barrier_wait(&smem.dscore_empty[turn & 1], (turn >> 1 & 1) ^ 1);
-      store_fragment<S::kKeys>(smem.dscore[turn & 1], 64 * group, t.dscore);
-      ptx::proxy_fence();
-      __syncwarp();
-      if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[turn & 1]);
+      if constexpr (!kAhead) store_dscore();
 
       // In a tile's first turn dQ is of whatever lies there, for nobody: a product issued under a
       // condition would make ptxas wait for all of them.
@@ -154,16 +171,23 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
       ptx::wgmma_fence();
-      issue_update<S>(t.dv, t.probability, ptx::operand(smem.dout[s], S::kRows * 128));
-      issue_dq(turn - 1);
-      issue_update<S>(t.dk, t.dscore, ptx::operand(smem.query[s], S::kRows * 128));
+      if constexpr (kAhead) issue_dq(turn - 1);
+      issue_update<S>(t.dv, t.probability, at(dout_columns, s));
+      if constexpr (!kAhead) issue_dq(turn - 1);
+      issue_update<S>(t.dk, t.dscore, at(query_columns, s));
+      if constexpr (kAhead) store_dscore();
 
       ring.next();
       next = wait_for_step<S>(smem, ring, group);
+      if constexpr (kAhead) {
+        ptx::wgmma_wait<2>();  // dQ is done
+        ptx::pin(t.dq);
+        if (turn > first) finish_dq(turn - 1, previous);
+      }
       ptx::wgmma_wait<1>();  // dV and dQ are done
       ptx::pin(t.dv);
       ptx::pin(t.probability);
-      ptx::pin(t.dq);
+      if constexpr (!kAhead) ptx::pin(t.dq);
       if (lane == 0) ptx::barrier_arrive(&smem.dout_empty[s]);
       // The way out has its own wait, in front of the next product: otherwise ptxas serialises all.
       if (next.opens || next.row == kNoMoreSteps) {
@@ -174,7 +198,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
         break;
       }
       issue_scores();
-      if (turn > first) finish_dq(turn - 1, previous);
+      if (!kAhead && turn > first) finish_dq(turn - 1, previous);
       ptx::wgmma_wait<1>();  // dK is done
       ptx::pin(t.dk);
       ptx::pin(t.dscore);
@@ -183,7 +207,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       previous = tile;
       tile = row_tile<S>(step, tiles);
     }
-    if (turn > first) finish_dq(turn - 1, previous);
+    if (!kAhead && turn > first) finish_dq(turn - 1, previous);
     ptx::barrier_wait(&smem.dscore_full[turn & 1], turn >> 1 & 1);
     ptx::pin_dead(t.dq);
     ptx::wgmma_fence();
@@ -193,7 +217,7 @@ __device__ void consume(const BackwardParams& p, const BackwardWorkspace& w,
       for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
       uint32_t packed[S::kD / 16][4];
       round_fragment<T>(gradient, packed);
-      store_fragment<S::kKeys>(to, 64 * group, packed);
+      store_fragment<S::kKeys>(to, 64 * group, packed, thread);
     };
     const auto hand_on_dk = [&](T* to) { hand_on(t.dk, dk_factor, to); };
     const auto hand_on_dv = [&] { hand_on(t.dv, kept_factor, smem.value[place]); };

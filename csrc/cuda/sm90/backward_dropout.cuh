@@ -38,7 +38,7 @@ __device__ void make_flags(const KeepBits& keep, BackwardSmem<S>& smem, uint64_t
 #pragma unroll 1
     for (; part < kParts; part += S::kFlagWarps) {
       const int row = 32 * part + lane;
-      DroppedRow dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row]);
+      DroppedRow dropped(smem.stream[s], smem.limits[s][S::kLimits - 1][row_place(row)]);
       uint32_t words[kWords];
       dropped.words(first_key, keep, words);
 #pragma unroll

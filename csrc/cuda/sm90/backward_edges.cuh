@@ -1,9 +1,9 @@
 // What runs before and after the Hopper backward: statistics and limits in tiles, dq to 16 bits.
 #pragma once
 
-#include "cuda/ptx/wgmma.h"
 #include "cuda/sm90/backward_workspace.h"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scores.cuh"
 
 namespace jax_flashattn::cuda::sm90 {
 
@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (thread < kPieces) w.turns[tile_of_all * kPieces + thread] = 0;
     if (!mine) continue;
     const int64_t at = (int64_t(b) * heads + h) * p.n.sq + row;
-    float* to = w.statistics + tile_of_all * 2 * kRows + thread;
+    float* to = w.statistics + tile_of_all * 2 * kRows + row_place(thread);
     to[0] = empty(v) ? INFINITY : static_cast<const float*>(p.lse)[at] * 1.4426950408889634f;
     to[kRows] = empty(v) ? 0.0f : static_cast<const float*>(p.delta)[at] * inverse;
   }
   if (blockIdx.y != 0) return;
   __shared__ int4 shared[kRows / 32];
   if (mine) {
-    int* limits = w.limits + blockIdx.x * int64_t(3 * kRows) + thread;
+    int* limits = w.limits + blockIdx.x * int64_t(3 * kRows) + row_place(thread);
     limits[0] = v.lo;
     limits[kRows] = v.hi;
     limits[2 * kRows] = row < p.n.sq || !p.features.position

@@ -110,7 +110,7 @@ __device__ void load(const BackwardMaps& maps, const BackwardParams& p, const Ba
     constexpr int kTileBytes = S::kRows * S::kWidth * 2, kColumnBytes = 2 * S::kRows * 4,
                   kLimitBytes = S::kLimits * S::kRows * 4;
     uint64_t* const full = &smem.query_full[s];
-    const bool limited = S::kShaped || step.partial;
+    const bool limited = S::kPlaces || step.partial;
     ptx::barrier_wait(&smem.query_empty[s], ring.parity() ^ 1);
     if (ptx::elect()) {
       smem.step[s] = step;

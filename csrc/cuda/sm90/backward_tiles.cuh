@@ -27,7 +27,8 @@ namespace jax_flashattn::cuda::sm90 {
 template <class Element, int kHeadDim, int kRowBlock, int kKeyBlock, bool kInTurn, Extent kExtent>
 struct BackwardShape {
   using T = Element;
-  static constexpr bool kShaped = kExtent != Extent::kPlain;  // softcap, ALiBi
+  static constexpr bool kCapped = kExtent == Extent::kScores || kExtent == Extent::kDropout;
+  static constexpr bool kShaped = kCapped || kExtent == Extent::kDistances;  // ALiBi
   static constexpr bool kDropout = kExtent >= Extent::kDropout;
   static constexpr bool kDeterministic = kInTurn;  // blocks add to dQ in a fixed order
   static constexpr int kD = kHeadDim;
@@ -40,7 +41,8 @@ struct BackwardShape {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(registers_fit(3, kProducerRegisters + 2 * kConsumerRegisters));
-  static constexpr int kLimits = kShaped ? 3 : 2;
+  static constexpr bool kPlaces = kShaped || kDropout;  // needs positions
+  static constexpr int kLimits = kPlaces ? 3 : 2;
   // Warps that make dropout's flags; the others of their warpgroup load, and keep turns.
   static constexpr int kFlagWarps = kDeterministic ? 1 : 3;
   static constexpr int kPieces = kRows / 64 * kChunks;  // 64 x 64 pieces of a tile of dQ
@@ -156,22 +158,20 @@ __device__ __forceinline__ void round_fragment(const float (&x)[kCount],
 // A fragment of 64 rows to a tile of kTileRows rows, from row `first` on.
 template <int kTileRows, class T, int kGroups>
 __device__ __forceinline__ void store_fragment(T* tile, int first,
-                                               const uint32_t (&packed)[kGroups][4]) {
-  const int row = first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+                                               const uint32_t (&packed)[kGroups][4], int thread) {
+  const int row = first + thread / 32 * 16 + thread % 16;
+  const uint32_t at = ptx::shared_address(tile) + row * 128 + ((thread % 32 / 16) ^ (row % 8)) * 16;
 #pragma unroll
-  for (int k = 0; k < kGroups; ++k) {
-    const int unit = (k % 4 * 2 + threadIdx.x % 32 / 16) ^ (row % 8);
-    ptx::store_matrices(tile + (k / 4 * kTileRows + row) * kChunk + unit * 8, packed[k]);
-  }
+  for (int k = 0; k < kGroups; ++k)
+    ptx::store_matrices(k / 4 * kTileRows * 128 + (at ^ k % 4 * 32), packed[k]);
 }
 
 // P^T = exp2(c S^T - lse), a fragment [64 keys, kRows].
-template <int kCount>
-__device__ __forceinline__ void probabilities(float (&score)[kCount], float c, const float* lse) {
-  const int column = threadIdx.x % 4 * 2;
+template <int kCount, class Rows>
+__device__ __forceinline__ void probabilities(float (&score)[kCount], float c, const Rows& lse) {
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + column);
+    const Pair<float> l = lse.pair(j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& x = score[4 * j + i];
@@ -179,14 +179,29 @@ __device__ __forceinline__ void probabilities(float (&score)[kCount], float c, c
     }
   }
 }
+// The same less distances, where no softcap comes between.
+template <int kCount, class Rows, class Positions>
+__device__ __forceinline__ void probabilities(float (&score)[kCount], float c, const Rows& lse,
+                                              const Distances<Positions>& distances) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const Pair<float> l = lse.pair(j);
+    float taken[4];
+    distances.of(j, taken);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& x = score[4 * j + i];
+      x = ptx::exp2_approx(x * c - (taken[i] + (i % 2 ? l.y : l.x)));
+    }
+  }
+}
 // 0 where the row does not see the key. `key` is this thread's first.
 template <int kCount>
 __device__ __forceinline__ void hide(float (&p)[kCount], int key, const int (*limits)[2 * kCount]) {
-  const int column = threadIdx.x % 4 * 2;
+  const RowsInPlace<int> los(limits[0], threadIdx.x), his(limits[1], threadIdx.x);
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const int2 lo = *reinterpret_cast<const int2*>(limits[0] + 8 * j + column);
-    const int2 hi = *reinterpret_cast<const int2*>(limits[1] + 8 * j + column);
+    const Pair<int> lo = los.pair(j), hi = his.pair(j);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int k = key + 8 * h;
@@ -198,14 +213,12 @@ __device__ __forceinline__ void hide(float (&p)[kCount], int key, const int (*li
 
 // dS^T = P^T (dP^T - delta), in place of dP^T, where kept(i), else -P^T delta. In a partial tile,
 // where P is 0 the difference may be NaN (S13), so it is left out there. p(i) is P^T's element i.
-template <class S, int kCount, class Probability, class Kept>
+template <class S, int kCount, class Probability, class Kept, class Rows>
 __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Probability& p,
-                                                const Kept& kept, const float* delta,
-                                                bool partial) {
-  const int column = threadIdx.x % 4 * 2;
+                                                const Kept& kept, const Rows& delta, bool partial) {
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j + column);
+    const Pair<float> d = delta.pair(j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& x = dp[4 * j + i];
@@ -226,28 +239,29 @@ __device__ __forceinline__ void score_gradients(float (&dp)[kCount], const Proba
 }
 
 // What a step's ALiBi needs.
-template <class S>
-__device__ __forceinline__ Distances distances_of(const BackwardSmem<S>& smem, int stage,
-                                                  const Step& step, const KeyCoordinates& keys,
-                                                  int key) {
-  return {step.slope, static_cast<float>(static_cast<int>(keys.stride)), keys.at(key),
-          smem.limits[stage][S::kLimits - 1]};
+template <class Positions>
+__device__ __forceinline__ Distances<Positions> distances_of(const Step& step,
+                                                             const KeyCoordinates& keys, int key,
+                                                             const Positions& positions) {
+  return {step.slope, static_cast<float>(static_cast<int>(keys.stride)), keys.at(key), positions};
 }
 
 // S^T to P^T, whole: shape, exponentials, mask. `capped` is called between softcap and ALiBi.
-template <class S, int kCount, class Capped>
+template <class S, int kCount, class Positions, class Rows, class Capped>
 __device__ __forceinline__ void make_probabilities(float (&score)[kCount], const ScoreShape& shape,
-                                                   const Distances& distances,
-                                                   const BackwardSmem<S>& smem, int stage,
-                                                   const Step& step, int key,
+                                                   const Distances<Positions>& distances,
+                                                   const Rows& lse, const BackwardSmem<S>& smem,
+                                                   int stage, const Step& step, int key,
                                                    const Capped& capped) {
-  if constexpr (S::kShaped) {
+  if constexpr (S::kCapped) {
     shape_scores(score, shape);
     capped();
     take_distances(score, distances);
-    probabilities(score, 1.0f, smem.statistics[stage][0]);
+    probabilities(score, 1.0f, lse);
+  } else if constexpr (S::kShaped) {
+    probabilities(score, shape.factor, lse, distances);
   } else {
-    probabilities(score, shape.factor, smem.statistics[stage][0]);
+    probabilities(score, shape.factor, lse);
   }
   if (step.partial) hide(score, key, smem.limits[stage]);
 }
@@ -256,15 +270,15 @@ __device__ __forceinline__ void make_probabilities(float (&score)[kCount], const
 template <class S>
 __device__ __forceinline__ void add_piece(const BackwardWorkspace& w, int64_t piece,
                                           const float (&x)[32], BackwardSmem<S>& smem, int group,
-                                          int& turns) {
+                                          int& turns, int thread) {
   if constexpr (S::kDeterministic) ptx::barrier_wait(&smem.turn_open[group], turns & 1);
-  float* const dq = w.dq + piece * (64 * 64) + threadIdx.x % 128 * 4;
+  float* const dq = w.dq + piece * (64 * 64) + thread * 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
     ptx::reduce_add(dq + j * 512, {x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]});
   if constexpr (S::kDeterministic) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(&smem.turn_over[group]);
+    if (thread % 32 == 0) ptx::barrier_arrive(&smem.turn_over[group]);
     ++turns;
   }
 }
@@ -296,7 +310,7 @@ __device__ __forceinline__ Step wait_for_step(BackwardSmem<S>& smem, const Ring<
     constexpr int kShare = S::kRows / 2;
     const int thread = threadIdx.x % 128;
     for (int row = group * kShare + thread / 8; row < (group + 1) * kShare; row += 16)
-      if (smem.limits[s][0][row] >= smem.limits[s][1][row]) {
+      if (smem.limits[s][0][row_place(row)] >= smem.limits[s][1][row_place(row)]) {
         zero_row<S::kRows, S::kChunks>(smem.query[s], row, thread % 8);
         zero_row<S::kRows, S::kChunks>(smem.dout[s], row, thread % 8);
       }

@@ -70,7 +70,7 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
   };
   int turn = 0, turns = 0;  // steps, pieces of dQ
   const auto add_dq = [&](int64_t tile, int chunk) {
-    add_piece<S>(w, tile * S::kPieces + chunk, dq, smem, kGroup, turns);
+    add_piece<S>(w, tile * S::kPieces + chunk, dq, smem, kGroup, turns, thread);
   };
   const auto release_dscore = [&](int turn) {
     if (lane == 0) ptx::barrier_arrive(&smem.dscore_empty[turn & 1]);
@@ -98,9 +98,11 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
       const int s = ring.index(), half = turn & 1, parity = turn >> 1 & 1;
       ptx::wgmma_wait<1>();
       ptx::pin(x);
-      const Distances distances = distances_of<S>(smem, s, step, key_coordinate, key);
+      const RowsInPlace<float> lse(smem.statistics[s][0], thread);
+      const RowsInPlace<int> positions(smem.limits[s][S::kLimits - 1], thread);
+      const auto distances = distances_of(step, key_coordinate, key, positions);
       if constexpr (kScores) {
-        make_probabilities<S>(x, shape, distances, smem, s, step, key, [] {});
+        make_probabilities<S>(x, shape, distances, lse, smem, s, step, key, [] {});
         if constexpr (S::kDropout) {  // what is dropped goes on with a minus
           uint32_t keep[1];
           ptx::barrier_wait(&smem.flags_full[s], ring.parity());
@@ -132,10 +134,9 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
         const auto sent = [&](int i) { return ptx::unpack(pairs[i / 2], i % 2, __half()); };
         const auto sent_size = [&](int i) { return S::kDropout ? fabsf(sent(i)) : sent(i); };
         score_gradients<S>(
-            x, sent_size, [&](int i) { return !signbit(sent(i)); }, smem.statistics[s][1],
-            step.partial);
-        if constexpr (S::kShaped)
-          softcap_gradients(x, sent_size, smem.statistics[s][0], shape, distances);
+            x, sent_size, [&](int i) { return !signbit(sent(i)); },
+            RowsInPlace<float>(smem.statistics[s][1], thread), step.partial);
+        if constexpr (S::kCapped) softcap_gradients(x, sent_size, lse, shape, distances);
         __syncwarp();
         if (lane == 0) ptx::barrier_arrive(&smem.probability_empty[half]);
         round_fragment<T>(x, packed);
@@ -149,7 +150,7 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
       }
       if constexpr (!kScores) {
         ptx::barrier_wait(&smem.dscore_empty[half], parity ^ 1);
-        store_fragment<S::kKeys>(smem.dscore[half], 0, packed);
+        store_fragment<S::kKeys>(smem.dscore[half], 0, packed, thread);
         ptx::proxy_fence();
         __syncwarp();
         if (lane == 0) ptx::barrier_arrive(&smem.dscore_full[half]);
@@ -204,7 +205,7 @@ __device__ void consume_wide(const BackwardParams& p, const BackwardWorkspace& w
     for (int i = 0; i < S::kD / 2; ++i) gradient[i] *= factor;
     uint32_t rounded[S::kD / 16][4];
     round_fragment<T>(gradient, rounded);
-    store_fragment<S::kKeys>(kScores ? smem.value[place] : smem.key[place], 0, rounded);
+    store_fragment<S::kKeys>(kScores ? smem.value[place] : smem.key[place], 0, rounded, thread);
     ptx::proxy_fence();
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(&smem.gradient_full[place]);

@@ -8,8 +8,8 @@
 //               to be zeroed, in twos
 //   key_range   [b] int4: INT32_MAX - first, and end, of the keys that any row sees
 //   row_tiles   [b, key tiles] int2: INT32_MAX - first, and end, of the row tiles that see any key
-//   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta
-//   limits      [b, tiles, 3, rows] int32: lo, hi, aligned key coordinate
+//   statistics  [b, h, tiles, 2, rows]: lse * log2(e), delta, each in the order of row_place
+//   limits      [b, tiles, 3, rows] int32: lo, hi, aligned key coordinate, likewise
 //   ranges      [b, tiles] int4: TileLimits
 #pragma once
 

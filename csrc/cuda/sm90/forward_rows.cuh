@@ -336,8 +336,9 @@ __device__ __forceinline__ void stage_output(const ForwardMaps& maps, const Rows
     for (int i = 0; i < 4; ++i)
       packed[i] = ptx::pack(rows.out[8 * k + 2 * i], rows.out[8 * k + 2 * i + 1], typename S::T());
     const int chunk = k / 4, unit = (k % 4 * 2 + lane / 16) ^ (row % 8);
-    ptx::store_matrices(staging + (chunk * S::kRows + 64 * group + row) * kChunk + unit * 8,
-                        packed);
+    ptx::store_matrices(
+        ptx::shared_address(staging + (chunk * S::kRows + 64 * group + row) * kChunk + unit * 8),
+        packed);
   }
   ptx::proxy_fence();
   ptx::named_sync(barrier, 128);

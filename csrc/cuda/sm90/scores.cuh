@@ -2,14 +2,17 @@
 // dropout (S12), for accumulator fragments in either orientation.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx/wgmma.h"
 #include "semantics/params.h"
 
 namespace jax_flashattn::cuda::sm90 {
 
 // How much of it a kernel instance contains; more costs registers and instructions. kDistances is
-// ALiBi alone, kScores both, kDropout everything.
-enum class Extent { kPlain, kDistances, kScores, kDropout };
+// ALiBi alone, kScores both, kDropout everything; kDropoutAlone is dropout without either
+// (backward).
+enum class Extent { kPlain, kDistances, kScores, kDropout, kDropoutAlone };
 
 template <class Params>
 Extent extent(const Params& p) {
@@ -54,14 +57,48 @@ __device__ __forceinline__ float alibi_slope(const Features& f, int64_t head) {
 // The transposed fragments of the backward pass: keys down, query rows across. A thread holds keys
 // `key` and `key` + 8 and of every eight rows two, from `column` on.
 
+// Numbers of a tile's rows lie in shared memory so that a thread finds those of sixteen rows, four,
+// together.
+__device__ __forceinline__ int row_place(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+// A thread's numbers of the eight rows from 8 * j on, read where they are used.
+template <class T>
+struct RowsInPlace {
+  const Pair<T>* first;
+  __device__ __forceinline__ RowsInPlace(const T* rows, int thread)
+      : first(reinterpret_cast<const Pair<T>*>(rows) + thread % 4 * 2) {}
+  __device__ __forceinline__ void load() {}
+  __device__ __forceinline__ Pair<T> pair(int j) const { return first[j / 2 * 8 + j % 2]; }
+};
+// The same for a fragment of kCount elements, in registers from load() on.
+template <class T, int kCount>
+struct RowsAhead {
+  RowsInPlace<T> from;
+  Pair<T> pairs[kCount / 4];
+  __device__ __forceinline__ RowsAhead(const T* rows, int thread) : from(rows, thread) {}
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) pairs[j] = from.pair(j);
+  }
+  __device__ __forceinline__ Pair<T> pair(int j) const { return pairs[j]; }
+};
+template <bool kAhead, class T, int kCount>
+using RowNumbers = std::conditional_t<kAhead, RowsAhead<T, kCount>, RowsInPlace<T>>;
+
 // What ALiBi has taken off a score: slope * |position - coordinate|, for the eight rows from 8 * j
 // on.
+template <class Positions>
 struct Distances {
   float slope, stride;
-  int coordinate;       // of this thread's first key
-  const int* position;  // of the tile's rows
+  int coordinate;  // of this thread's first key
+  const Positions& positions;
   __device__ __forceinline__ void of(int j, float (&taken)[4]) const {
-    const int2 at = *reinterpret_cast<const int2*>(position + 8 * j + threadIdx.x % 4 * 2);
+    const Pair<int> at = positions.pair(j);
     const float x = static_cast<float>(at.x - coordinate),
                 y = static_cast<float>(at.y - coordinate);
     taken[0] = slope * fabsf(x);
@@ -71,8 +108,9 @@ struct Distances {
   }
 };
 
-template <int kCount>
-__device__ __forceinline__ void take_distances(float (&score)[kCount], const Distances& distances) {
+template <int kCount, class Positions>
+__device__ __forceinline__ void take_distances(float (&score)[kCount],
+                                               const Distances<Positions>& distances) {
   if (distances.slope == 0) return;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
@@ -85,15 +123,15 @@ __device__ __forceinline__ void take_distances(float (&score)[kCount], const Dis
 
 // The derivative of the softcap, 1 - tanh^2, found again from the probability: registers are dearer
 // than a logarithm. Where P underflows to 0 the factor is 0, and so is the gradient.
-template <int kCount, class Probability>
+template <int kCount, class Probability, class Rows, class Positions>
 __device__ __forceinline__ void softcap_gradients(float (&ds)[kCount], const Probability& p,
-                                                  const float* lse, const ScoreShape& shape,
-                                                  const Distances& distances) {
+                                                  const Rows& lse, const ScoreShape& shape,
+                                                  const Distances<Positions>& distances) {
   if (shape.cap == 0) return;
   const float inverse = 1.0f / shape.cap;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + threadIdx.x % 4 * 2);
+    const Pair<float> l = lse.pair(j);
     float taken[4] = {0, 0, 0, 0};
     if (distances.slope != 0) distances.of(j, taken);
 #pragma unroll
