@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jax_flashattn import flash_attention
 
+HEAD_DIMS = (64, 96, 128, 192, 256)
 OPTIONS = (
     {"causal": True},
     {"alibi": True},
@@ -56,4 +57,4 @@ def main(head_dims: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(d) for d in sys.argv[1:]] or [64, 96, 128, 192, 256])
+    main([int(d) for d in sys.argv[1:]] or list(HEAD_DIMS))

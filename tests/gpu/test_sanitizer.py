@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from gpu.every_instance import HEAD_DIMS
 from gpu.test_attention import platform  # noqa: F401  the fixture
 
 PROGRAM = pathlib.Path(__file__).with_name("every_instance.py")
@@ -54,13 +55,14 @@ def why_not() -> str | None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("tool", OPTIONS)
-def test_no_instance_is_reported(tool, platform):  # noqa: F811
+def test_no_instance_is_reported(tool, head_dim, platform):  # noqa: F811
     if platform == "cpu":
         pytest.skip("a GPU's tool")
     if reason := why_not():
         pytest.skip(f"not run: {reason}")
-    done = sanitize(tool, str(PROGRAM))
+    done = sanitize(tool, str(PROGRAM), str(head_dim))
     reports = [line for line in done.stdout.splitlines() if "jax_flashattn" in line]
     assert not reports, "\n".join(reports[:20])
     if "instances on" not in done.stdout:
