@@ -64,6 +64,14 @@ def main() -> None:
         *("gpu_peers", "run"),
         **turns,
     )
+    add(
+        "gpu-compare",
+        "builds of the CUDA extension in turns; writes no results (needs a GPU)",
+        *("gpu_compare", "run"),
+        builds={"required": True, "help": "paths of _cuda*.so, with commas; the first is the base"},
+        cells={"default": "", "help": "such as backward/128/4096/causal+softcap,forward/packed"},
+        **turns,
+    )
     add("plot", "draw docs/images/h200_d*.png from the results (needs matplotlib)", "plot", "gpu")
     add("table", "write README's tables from the results", "table", "write")
 

@@ -51,8 +51,9 @@ def make_arrays(b: int, s: int, hq: int, hk: int, d: int):
     return [jax.random.normal(key, x, jnp.bfloat16) for key, x in zip(keys, shapes)]
 
 
-def _ours(**options) -> Callable:
-    return lambda q, k, v: flash_attention(q, k, v, **options)
+def ours(**given) -> Callable:
+    """Our attention of q, k and v."""
+    return lambda q, k, v: flash_attention(q, k, v, **given)
 
 
 def _cudnn(causal: bool) -> Callable:
@@ -63,7 +64,7 @@ def _cudnn(causal: bool) -> Callable:
 
 def peers(causal: bool) -> dict[str, Callable]:
     """Our attention and cuDNN's, of q, k and v."""
-    return {"ours": _ours(causal=causal), "cudnn": _cudnn(causal)}
+    return {"ours": ours(causal=causal), "cudnn": _cudnn(causal)}
 
 
 def count_flop(scores: float, d: int, mode: str) -> float:
@@ -157,21 +158,23 @@ def documents(tokens: int = 32768) -> list[int]:
     return lengths
 
 
+def options(heads: int) -> dict[str, dict]:
+    """What is measured beside plain causal attention, by name."""
+    return {
+        "softcap": {"softcap": 30.0},
+        "alibi": {"alibi_slopes": 2.0 ** -jnp.arange(1, heads + 1, dtype=jnp.float32)},
+        "sinks": {"sinks": jnp.zeros(heads)},
+        "dropout": {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+        "deterministic": {"deterministic": True},
+    }
+
+
 def features(rounds: int, iterations: int) -> None:
     """What each option costs against plain causal attention: results/gpu_features.json."""
     d, s, h = 128, 4096, 16
     arrays = make_arrays(TOKENS // s, s, h, h, d)
-    slopes = 2.0 ** -jnp.arange(1, h + 1, dtype=jnp.float32)
-    sinks = jnp.zeros(h)
-    key = jax.random.key(0)
-    functions = {
-        "causal": _ours(causal=True),
-        "softcap": _ours(causal=True, softcap=30.0),
-        "alibi": _ours(causal=True, alibi_slopes=slopes),
-        "sinks": _ours(causal=True, sinks=sinks),
-        "dropout": _ours(causal=True, dropout_rate=0.1, dropout_key=key),
-        "deterministic": _ours(causal=True, deterministic=True),
-    }
+    functions = {"causal": ours(causal=True)}
+    functions |= {name: ours(causal=True, **given) for name, given in options(h).items()}
     rows = []
     for mode in ("forward", "backward"):
         times = measure(functions, arrays, mode, rounds, iterations)
@@ -197,12 +200,17 @@ def _cudnn_packed(lengths: list[int]) -> Callable:
     )
 
 
+def segment_ids(lengths: list[int]) -> jax.Array:
+    """[1, tokens] of a pack."""
+    return jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
+
+
 def _packed(mode: str, rounds: int, iterations: int) -> dict:
     lengths = documents()
-    ids = jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
+    ids = segment_ids(lengths)
     arrays = make_arrays(1, sum(lengths), 16, 16, 128)
     flop = count_flop(16 * sum(n * n for n in lengths) / 2, 128, mode)
-    functions = {"ours": _ours(causal=True, segment_ids=ids), "cudnn": _cudnn_packed(lengths)}
+    functions = {"ours": ours(causal=True, segment_ids=ids), "cudnn": _cudnn_packed(lengths)}
     times = measure(functions, arrays, mode, rounds, iterations)
     tflops = {name: round(flop / ms / 1e9, 1) for name, ms in times.items()}
     row = {"case": f"{len(lengths)} documents", "mode": mode, "tflops": tflops}
@@ -213,8 +221,8 @@ def _packed(mode: str, rounds: int, iterations: int) -> dict:
 def _window(mode: str, rounds: int, iterations: int) -> dict:
     s, w = 16384, 1024
     functions = {
-        "causal": _ours(causal=True),
-        "window": _ours(causal=True, window=(w - 1, 0)),
+        "causal": ours(causal=True),
+        "window": ours(causal=True, window=(w - 1, 0)),
     }
     times = measure(functions, make_arrays(1, s, 16, 16, 128), mode, rounds, iterations)
     share = (s * w - w * (w - 1) / 2) / (s * (s + 1) / 2)
@@ -232,8 +240,8 @@ def _grouped(mode: str, rounds: int, iterations: int) -> dict:
     s, hq, hk = 4096, 32, 8
     q, k, v, dout = make_arrays(4, s, hq, hq, 128)
     few = [q, k[:, :, :hk], v[:, :, :hk], dout]
-    times = measure({"32": _ours(causal=True)}, [q, k, v, dout], mode, rounds, iterations)
-    times |= measure({"32/8": _ours(causal=True)}, few, mode, rounds, iterations)
+    times = measure({"32": ours(causal=True)}, [q, k, v, dout], mode, rounds, iterations)
+    times |= measure({"32/8": ours(causal=True)}, few, mode, rounds, iterations)
     row = {"case": "key heads", "mode": mode, "ms": times, "cost": times["32/8"] / times["32"]}
     print(row, flush=True)
     return row
